@@ -2,7 +2,7 @@
 
 Beside a CPU build of torch from PyPI they do not load, and a torchvision whose ops are missing breaks the import of
 transformers as well. So `make test` puts torchvision's files in a folder of their own (share/torchvision-python in
-the environment), and `import_timm` brings that folder in after declaring the one operator whose absence stops the
+the environment), and `import_timm` brings that folder in after declaring the two operators whose absence stops the
 import. Only its Python part is used.
 """
 
@@ -22,7 +22,8 @@ def import_timm() -> ModuleType:
     if importlib.util.find_spec("torchvision") is None and aside.is_dir():
         sys.path.append(str(aside))
         library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
     import timm
 
