@@ -48,9 +48,13 @@ VARIABLES: dict[str, Variable] = {
     "group_max": Variable(
         ("layer", "q_group", "k_group"), SUM, "mass", "sum over rows of the largest mass any head puts on the group"
     ),
-    "later": Variable((*LH, "k_group"), SUM, "mass", "mass on the group from rows after its last key (both ways: outside)"),
+    "later": Variable(
+        (*LH, "k_group"), SUM, "mass", "mass on the group from rows after its last key (both ways: outside)"
+    ),
     "later_rows": Variable((*LH, "k_group"), SUM, "rows", "rows after the group's last key (both ways: outside it)"),
-    "received": Variable((*LH, "key_bin"), SUM, "mass per row", "sum over keys of received mass / rows that may see it"),
+    "received": Variable(
+        (*LH, "key_bin"), SUM, "mass per row", "sum over keys of received mass / rows that may see it"
+    ),
     "received_keys": Variable((*LH, "key_bin"), SUM, "keys", "keys of each relative position that some row may see"),
     "received_kurtosis": Variable(LH, SUM, "1", "sum over samples of the excess kurtosis of the received profile"),
     "received_samples": Variable(LH, SUM, "samples", "samples with a received profile of at least 4 keys"),
@@ -71,15 +75,21 @@ VARIABLES: dict[str, Variable] = {
     "sq": Variable(LH, SUM, "1", "sum over rows and keys of the squared weight"),
     "head_gram": Variable((*LH, "head2"), SUM, "1", "sum over rows and keys of the product of two heads' weights"),
     # per sample
-    "received_raw": Variable((*LH, "sample", "key"), CONCAT, "mass per row", "received mass / rows that may see the key"),
+    "received_raw": Variable(
+        (*LH, "sample", "key"), CONCAT, "mass per row", "received mass / rows that may see the key"
+    ),
     "entropy_raw": Variable(TOKENWISE, CONCAT, "nat", "entropy of each row"),
     "distance_raw": Variable((*LH, "sample"), CONCAT, "tokens", "mean over rows of the mean |i-j|"),
     "clipped_raw": Variable(TOKENWISE, CONCAT, "tokens", "sum_s P[t,s] min(t-s, 10) of each row t"),
-    "banded_raw": Variable((*LH, "sample", "key"), CONCAT, "mass per row", "mean of P[t,s] over rows s+10 <= t <= s+100"),
+    "banded_raw": Variable(
+        (*LH, "sample", "key"), CONCAT, "mass per row", "mean of P[t,s] over rows s+10 <= t <= s+100"
+    ),
     "group_max_raw": Variable(
         ("layer", "sample", "k_group"), CONCAT, "mass", "mean over rows of the largest mass any head puts on the group"
     ),
-    "copy_hits": Variable((*LH, "sample"), CONCAT, "hits", "answer rows whose top key is the needle token being written"),
+    "copy_hits": Variable(
+        (*LH, "sample"), CONCAT, "hits", "answer rows whose top key is the needle token being written"
+    ),
     "copy_distinct": Variable((*LH, "sample"), CONCAT, "tokens", "needle tokens copied at least once"),
     "copy_steps": Variable(("sample",), CONCAT, "rows", "answer rows judged"),
     "needle_tokens": Variable(("sample",), CONCAT, "tokens", "tokens of the needle"),
@@ -95,3 +105,53 @@ VARIABLES: dict[str, Variable] = {
     "token_ids": Variable(("sample", "position"), CONCAT, "id", "token ids (-1: past the end)"),
     "tokens": Variable(("sample", "position"), CONCAT, "text", "token text (empty past the end)"),
 }
+
+# Which variables each statistic of `watch(statistics=...)` brings. `rows` always comes.
+STATISTICS: dict[str, tuple[str, ...]] = {
+    "entropy": ("entropy", "entropy_norm", "entropy_norm_rows", "entropy_at", "rows_at"),
+    "distance": ("distance", "distance_norm"),
+    "near": ("near", "near_rows"),
+    "window": ("window",),
+    "group": ("group", "group_rows", "group_keys", "later", "later_rows"),
+    "received": ("received", "received_keys"),
+    "kurtosis": ("received_kurtosis", "received_samples"),
+    "blocks": ("blocks", "rows_at"),
+    "stripe": ("stripe", "stripe_rows", "stripe_density"),
+    "relation": ("relation", "relation_rows", "relation_chance"),
+    "template": ("template", "template_density"),
+    "group_max": ("group_max",),
+    "top1": ("top1_weight", "top1_offset"),
+    "sq": ("sq",),
+    "head_gram": ("head_gram",),
+    "ring": ("ring", "ring_patches", "ring_rows"),
+}
+LIGHT = ("entropy", "distance", "group", "received")
+DEFAULT = (*LIGHT, "near", "window", "kurtosis", "blocks", "stripe", "relation", "template")
+FULL = (*DEFAULT, "group_max", "top1", "sq", "head_gram")
+PRESETS: dict[str, tuple[str, ...]] = {"light": LIGHT, "default": DEFAULT, "full": FULL}
+
+# Which variables each name of `watch(per_sample=...)` brings.
+PER_SAMPLE: dict[str, tuple[str, ...]] = {
+    "received_raw": ("received_raw",),
+    "entropy_raw": ("entropy_raw",),
+    "rhythm": ("distance_raw", "clipped_raw", "banded_raw"),
+    "group_max_raw": ("group_max_raw",),
+    "copy_hits": ("copy_hits", "copy_distinct", "copy_steps", "needle_tokens"),
+}
+STREAM_VARIABLES = tuple(name for name, v in VARIABLES.items() if v.dims == STREAM)
+
+
+def how_to_ask(name: str) -> str:
+    """The argument of `regard.watch` that makes the atlas hold a variable."""
+    if name == "ring":
+        return "grid=(height, width)"
+    for statistic, names in STATISTICS.items():
+        if name in names:
+            preset = next((p for p, members in PRESETS.items() if statistic in members), None)
+            return f"statistics={preset!r} (or a Watch with {statistic!r})" if preset else "grid=(height, width)"
+    for option, names in PER_SAMPLE.items():
+        if name in names:
+            return f"per_sample=({option!r},)"
+    if name in STREAM_VARIABLES:
+        return "stream=True"
+    return "tokens=True"
