@@ -66,8 +66,12 @@ $(VENV)/stamp-run: $(PINS) | $(VENV)/bin/python
 	$(INSTALL) -e .
 	@touch $@
 
+# timm brings torchvision, whose compiled ops load only beside the torch build they were made for. Where they do not
+# (a CPU build of torch), its Python part is put aside for the tests that use timm: see tests/vision.py.
 $(VENV)/stamp-test: $(PINS) | $(VENV)/bin/python
 	$(INSTALL) -e ".[parquet,test]"
+	@$(BIN)/python -c "import torchvision" 2>/dev/null || { $(BIN)/python -m pip uninstall --quiet -y torchvision && \
+		$(INSTALL) --upgrade --no-deps --target $(VENV)/share/torchvision-python torchvision; }
 	@touch $@
 
 $(VENV)/stamp-lint: $(PINS) | $(VENV)/bin/python
