@@ -79,7 +79,6 @@ VARIABLES: dict[str, Variable] = {
         (*LH, "sample", "key"), CONCAT, "mass per row", "received mass / rows that may see the key"
     ),
     "entropy_raw": Variable(TOKENWISE, CONCAT, "nat", "entropy of each row"),
-    "distance_raw": Variable((*LH, "sample"), CONCAT, "tokens", "mean over rows of the mean |i-j|"),
     "clipped_raw": Variable(TOKENWISE, CONCAT, "tokens", "sum_s P[t,s] min(t-s, 10) of each row t"),
     "banded_raw": Variable(
         (*LH, "sample", "key"), CONCAT, "mass per row", "mean of P[t,s] over rows s+10 <= t <= s+100"
@@ -100,6 +99,7 @@ VARIABLES: dict[str, Variable] = {
     "resid_absmedian": Variable(STREAM, CONCAT, "1", "median absolute feature of the block's output"),
     "resid_absmean": Variable(STREAM, CONCAT, "1", "mean absolute feature of the block's output"),
     "bos_cos": Variable(STREAM, CONCAT, "1", "cosine of the block's output to that of the sample's first token"),
+    "bos_embed_norm": Variable(("sample",), CONCAT, "1", "norm of the first token's state before the first block"),
     # the samples
     "n_tokens": Variable(("sample",), CONCAT, "tokens", "length of the sample without padding"),
     "token_ids": Variable(("sample", "position"), CONCAT, "id", "token ids (-1: past the end)"),
@@ -126,19 +126,19 @@ STATISTICS: dict[str, tuple[str, ...]] = {
     "ring": ("ring", "ring_patches", "ring_rows"),
 }
 LIGHT = ("entropy", "distance", "group", "received")
-DEFAULT = (*LIGHT, "near", "window", "kurtosis", "blocks", "stripe", "relation", "template")
-FULL = (*DEFAULT, "group_max", "top1", "sq", "head_gram")
+DEFAULT = (*LIGHT, "near", "window", "kurtosis", "blocks", "stripe", "relation", "template", "top1")
+FULL = (*DEFAULT, "group_max", "sq", "head_gram")
 PRESETS: dict[str, tuple[str, ...]] = {"light": LIGHT, "default": DEFAULT, "full": FULL}
 
 # Which variables each name of `watch(per_sample=...)` brings.
 PER_SAMPLE: dict[str, tuple[str, ...]] = {
     "received_raw": ("received_raw",),
     "entropy_raw": ("entropy_raw",),
-    "rhythm": ("distance_raw", "clipped_raw", "banded_raw"),
+    "rhythm": ("clipped_raw", "banded_raw"),
     "group_max_raw": ("group_max_raw",),
     "copy_hits": ("copy_hits", "copy_distinct", "copy_steps", "needle_tokens"),
 }
-STREAM_VARIABLES = tuple(name for name, v in VARIABLES.items() if v.dims == STREAM)
+STREAM_VARIABLES = (*(name for name, v in VARIABLES.items() if v.dims == STREAM), "bos_embed_norm")
 
 
 def how_to_ask(name: str) -> str:
