@@ -1,1 +1,1 @@
-"""regard.studies."""
+"""One file a paper: what it claims, the figure it gives, the figure measured here."""
