@@ -1,0 +1,117 @@
+"""What the seam cannot catch, found before the model runs and refused by name with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+_OLD_PROCESSORS = ("Sliced", "XFormers", "NPU", "XLA")
+
+
+def refusals(model: nn.Module, edits: bool) -> Iterator[str]:
+    """Reasons why some attention of `model` would pass the seam unseen."""
+    modules = list(model.named_modules())
+    yield from _compiled(modules)
+    yield from _spread(modules)
+    yield from _transformers(modules)
+    yield from _diffusers(modules)
+    unfused = [name for name, m in modules if getattr(m, "fused_attn", None) is False]
+    if unfused:
+        yield (
+            f"{_names(unfused)} compute attention by matrix products (fused_attn is False); set it with "
+            "`for m in model.modules(): m.fused_attn = True if hasattr(m, 'fused_attn') else None`, or build the model "
+            "after `timm.layers.set_fused_attn(True)`"
+        )
+    if edits:
+        yield from _checkpointed(modules)
+
+
+def _names(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(repr(name) if name else "the model" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _compiled(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    for name, m in modules:
+        where = repr(name) if name else "the model"
+        if isinstance(m, OptimizedModule):
+            yield f"{where} is compiled (torch.compile), and compiled code calls no hooks; pass the module it was made from, `model._orig_mod`, and run that"
+        elif getattr(m, "_compiled_call_impl", None) is not None:
+            yield f"{where} ({type(m).__name__}) was compiled in place; undo it with `module._compiled_call_impl = None`, or watch it before `module.compile()`"
+        elif hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+            yield f"{where} ({type(m).__name__}) has a compiled forward; undo it with `del module.forward`"
+        elif isinstance(m, torch.jit.ScriptModule):
+            yield f"{where} is TorchScript, whose attention does not pass through Python; watch the module it was scripted from"
+
+
+def _spread(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
+    from torch.distributed.tensor import DTensor
+
+    for name, m in modules:
+        where = repr(name) if name else "the model"
+        kinds = {c.__name__ for c in type(m).__mro__}
+        if "DataParallel" in kinds:
+            yield f"{where} is nn.DataParallel, which runs copies in other threads; pass `model.module`, and one process a GPU for more"
+        elif kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+            yield f"{where} is fully sharded; watch an unsharded copy, one process a GPU"
+        elif any(isinstance(p, DTensor) for p in m._parameters.values()):
+            yield f"{where} ({type(m).__name__}) has sharded parameters (DTensor), so each process sees only its own heads; watch an unsharded copy"
+
+
+def _transformers(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
+    bad: dict[str, list[str]] = {}
+    able = True
+    for name, m in modules:
+        if not any(c.__name__ == "PreTrainedModel" for c in type(m).__mro__):
+            continue
+        implementation = getattr(m.config, "_attn_implementation", None)
+        if isinstance(implementation, str) and _unseen(implementation):
+            bad.setdefault(implementation, []).append(f"{name or 'the model'} ({type(m).__name__})")
+            able = able and getattr(m, "_supports_sdpa", True)
+    for implementation, names in bad.items():
+        fix = (
+            'call `model.set_attn_implementation("sdpa")` first, or load it with `attn_implementation="sdpa"`'
+            if able
+            else "this class has no sdpa attention in this version of transformers, so it cannot be watched"
+        )
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f'{", ".join(names[:3])}{more} run attention as "{implementation}", which the seam does not see; {fix}'
+
+
+def _unseen(implementation: str) -> bool:
+    name = implementation.split("|")[-1]
+    return name == "eager" or "flash" in name or "flex" in name or "/" in name or implementation.startswith("paged|")
+
+
+def _diffusers(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
+    for name, m in modules:
+        processor = getattr(m, "processor", None)
+        if processor is None or not type(processor).__module__.startswith("diffusers"):
+            continue
+        kind = type(processor).__name__
+        fix = "call `model.set_attn_processor(AttnProcessor2_0())` (diffusers.models.attention_processor)"
+        if kind in (
+            "AttnProcessor",
+            "AttnAddedKVProcessor",
+            "CustomDiffusionAttnProcessor",
+            "IPAdapterAttnProcessor",
+        ) or any(old in kind for old in _OLD_PROCESSORS):
+            yield f"{name!r} runs attention by diffusers' {kind}, which the seam does not see; {fix}"
+        backend = getattr(processor, "_attention_backend", None)
+        if backend is not None and "native" not in str(getattr(backend, "value", backend)).lower():
+            yield f'{name!r} runs attention by diffusers\' backend {backend}; call `model.set_attention_backend("native")`'
+
+
+def _checkpointed(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
+    for name, m in modules:
+        if getattr(m, "gradient_checkpointing", False) is True or getattr(m, "grad_checkpointing", False) is True:
+            yield (
+                f"{name or 'the model'} ({type(m).__name__}) has gradient checkpointing on: the recomputed forward does not pass "
+                "through the seam, so an edit would be missing from it and gradients would be wrong; call "
+                "`model.gradient_checkpointing_disable()` (timm: `model.set_grad_checkpointing(False)`)"
+            )
+            return
