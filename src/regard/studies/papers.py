@@ -74,7 +74,11 @@ def _strongest(claim: protocol.Claim, records: list[dict[str, Any]]) -> dict[str
         key=lambda o: (o[0]["state"] != "not measured", o[1]["size"] == "full", o[1]["provenance"]["date"]),
         default=(none, None),
     )
-    of_run = {k: record[k] for k in ("size", "model", "seed", "device")} | {"date": record["provenance"]["date"]} if record else None
+    of_run = (
+        {k: record[k] for k in ("size", "model", "seed", "device")} | {"date": record["provenance"]["date"]}
+        if record
+        else None
+    )
     return {
         "claim": claim.id,
         "text": claim.text,

@@ -164,7 +164,8 @@ def provenance(seconds: float) -> dict[str, Any]:
 
     command = ["regard", *sys.argv[1:]] if Path(sys.argv[0]).stem in ("regard", "__main__") else [sys.argv[0]]
     return {
-        "versions": {p: version(p) for p in ("regard", "torch", "transformers", "numpy")} | {"python": platform.python_version()},
+        "versions": {p: version(p) for p in ("regard", "torch", "transformers", "numpy")}
+        | {"python": platform.python_version()},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(command),

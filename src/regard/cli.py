@@ -1,0 +1,452 @@
+"""The command: regard watch | report | roles | measures | study | papers | train.
+
+What a command found goes to stdout (`--json`: nothing but JSON); progress and messages go to stderr. Exit codes:
+0 done, 1 the work failed, 2 the command was not understood. torch is imported only by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import regard
+
+app = typer.Typer(
+    name="regard",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Attention patterns in transformers: watch every head at any length, name it, prove what papers claim.",
+)
+say = Console(stderr=True)
+
+DEMO_MODEL = "testbed:decoder"
+DEMO_TEXT = Path(__file__).parent / "data" / "demo.txt"
+MY_FINDINGS = Path("out/findings")
+
+
+class Statistics(StrEnum):
+    """How much to watch."""
+
+    light = "light"
+    default = "default"
+    full = "full"
+
+
+class Size(StrEnum):
+    """How much to run."""
+
+    smoke = "smoke"
+    full = "full"
+
+
+class Status(StrEnum):
+    """Status of a paper."""
+
+    open = "open"
+    holds = "holds"
+    refuted = "does not hold"
+    unmeasured = "not measured"
+
+
+MODEL_HELP = "A folder, a hub name, or testbed:decoder."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+ModelOrDemo = Annotated[str | None, typer.Argument(help=MODEL_HELP + " Not needed with --demo.", show_default=False)]
+Text = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file.", exists=True, dir_okay=False)]
+Image = Annotated[
+    Path | None, typer.Option("--image", help="A picture, for a vision model.", exists=True, dir_okay=False)
+]
+AtlasFolder = Annotated[
+    Path | None, typer.Option("--atlas", help="An atlas that regard watch wrote.", exists=True, file_okay=False)
+]
+Findings = Annotated[Path, typer.Option("--out", "-o", help="Folder of your own findings.")]
+Tokens = Annotated[int | None, typer.Option(min=2, help="Watch only the first so many tokens of the text.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Nothing but JSON on stdout.")]
+Demo = Annotated[bool, typer.Option("--demo", help="The shipped decoder on the shipped text.")]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and exit with its code; an error is one message unless --debug asks for the traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments or bool(os.environ.get("REGARD_DEBUG"))
+    try:
+        app(args=[a for a in arguments if a != "--debug"])  # so that it may stand anywhere
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        say.print(f"[red]error:[/red] {escape(text or type(error).__name__)}", highlight=False, soft_wrap=True)
+        say.print(f"({type(error).__name__}; the same command with --debug shows where)", style="dim", highlight=False)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(regard.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options of every command; `main` reads --debug, wherever it stands."""
+
+
+@app.command()
+def watch(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The atlas: a Zarr folder.")],
+    text: Text = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help='JSON lines with a field "text", or Parquet.', exists=True, dir_okay=False)
+    ] = None,
+    statistics: Annotated[Statistics, typer.Option(help="How much to watch.")] = Statistics.default,
+    tokens: Tokens = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts of a corpus that run together.")] = 8,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted corpus run.")] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Watch a model on a text or a corpus and write the atlas.
+
+    A corpus is split over processes by `torchrun --nproc-per-node N -m regard watch ...`.
+    """
+    if (text is None) == (corpus is None):
+        raise typer.BadParameter("give one of them", param_hint="--text / --corpus")
+    if text is not None and resume:
+        raise typer.BadParameter("only a corpus run can be resumed", param_hint="--resume")
+    loaded = _load(model, device)
+    if corpus is not None:
+        atlas = _watch_corpus(loaded, corpus, out, statistics.value, batch, tokens, resume)
+        if atlas is None:  # another rank than the first: it has handed its part over
+            return
+    else:
+        assert text is not None
+        atlas = _watch_text(loaded, _read(text), statistics.value, tokens)
+        atlas.save(out)
+    facts = {"atlas": str(out), "layers": atlas.sizes["layer"], "heads": atlas.sizes["head"]}
+    facts |= {"samples": atlas.sizes.get("sample"), "variables": sorted(map(str, atlas.data_vars))}
+    if as_json:
+        _print_json(facts)
+    else:
+        Console().print(repr(atlas), markup=False, highlight=False)
+        print(out)
+
+
+@app.command()
+def report(
+    model: ModelOrDemo = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    text: Text = None,
+    image: Image = None,
+    atlas: AtlasFolder = None,
+    tokens: Tokens = None,
+    demo: Demo = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Write the report: one page with every head's map, role and evidence."""
+    given = [name for name, value in (("--text", text), ("--image", image), ("--atlas", atlas)) if value is not None]
+    if demo and (model or given):
+        raise typer.BadParameter(
+            f"brings its own model and text; leave out {', '.join(given) or 'MODEL'}", param_hint="--demo"
+        )
+    if not demo and len(given) != 1:
+        raise typer.BadParameter(
+            f"give exactly one, got {len(given)}", param_hint="--text / --image / --atlas / --demo"
+        )
+    if atlas is not None:
+        if model:
+            raise typer.BadParameter("an atlas has its model's figures already; leave out MODEL", param_hint="--atlas")
+        from regard.watch.atlas import load_atlas
+
+        watched = load_atlas(atlas)
+        regard.report(watched, out)
+    else:
+        if not demo and model is None:
+            raise typer.BadParameter("name one: a folder, a hub name or testbed:decoder", param_hint="MODEL")
+        loaded = _load(DEMO_MODEL if demo else str(model), device)
+        source = DEMO_TEXT if demo else text
+        watched = _build_report(loaded, out, source, image, tokens)
+    table = regard.roles(watched)
+    if as_json:
+        _print_json({"report": str(out), **_roles_json(table)})
+        return
+    _print_grid(table)
+    print(out)
+
+
+@app.command()
+def roles(
+    model: ModelOrDemo = None,
+    text: Text = None,
+    atlas: AtlasFolder = None,
+    tokens: Tokens = None,
+    demo: Demo = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Name every head, with the evidence."""
+    if demo + (text is not None) + (atlas is not None) != 1:
+        raise typer.BadParameter("give exactly one", param_hint="--text / --atlas / --demo")
+    if atlas is not None:
+        from regard.watch.atlas import load_atlas
+
+        watched = load_atlas(atlas)
+    else:
+        if not demo and model is None:
+            raise typer.BadParameter("name one: a folder, a hub name or testbed:decoder", param_hint="MODEL")
+        loaded = _load(DEMO_MODEL if demo else str(model), device)
+        watched = _watch_text(loaded, _read(text or DEMO_TEXT), "full", tokens)
+    table = regard.roles(watched)
+    if as_json:
+        _print_json(_roles_json(table))
+    else:
+        _print_roles(table)
+
+
+@app.command()
+def measures(as_json: AsJson = False) -> None:
+    """List the measures: name, formula, range, paper."""
+    from regard import measures as registry
+
+    rows = [registry.get(name) for name in registry.names()]
+    if as_json:
+        facts = ("name", "formula", "units", "paper")
+        listed = [{f: getattr(m, f) for f in facts} | {"range": [_finite(x) for x in m.range]} for m in rows]
+        _print_json({"measures": listed})
+        return
+    table = Table("measure", "formula", "range", "paper", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for m in rows:
+        table.add_row(m.name, escape(m.formula), escape(f"[{m.range[0]:g}, {m.range[1]:g}]"), escape(m.paper))
+    _print_table(table)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="The paper's slug, as regard papers lists it.", show_default=False)],
+    size: Annotated[Size, typer.Option(help="smoke: seconds on a CPU; full: minutes on a GPU.")] = Size.smoke,
+    device: Device = "cpu",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = DEMO_MODEL,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder where findings are kept.")] = Path("out/findings"),
+    as_json: AsJson = False,
+) -> None:
+    """Run the study of a paper and say, claim by claim, whether it holds."""
+    from regard.studies import protocol
+
+    if name not in protocol.names():
+        raise typer.BadParameter(
+            f"no study of {name!r} yet; there are {', '.join(protocol.names())}", param_hint="NAME"
+        )
+    _check_device(device)
+    with _working(f"{name}, {size.value}"):
+        record = protocol.run_and_record(name, size=size.value, device=device, seed=seed, model=model)
+    path = protocol.keep(record, out)
+    if as_json:
+        _print_json(record)
+        return
+    claims = {c.id: c for c in protocol.get(name).CLAIMS}
+    table = Table("claim", "state", "figure", "95%", "floor", "baseline", "the paper", box=None, header_style="bold")
+    for f in record["findings"]:
+        claim = claims[f["claim"]]
+        interval = "" if f["interval"] is None else f"{f['interval'][0]:.3g} .. {f['interval'][1]:.3g}"
+        row = [
+            claim.text,
+            f["state"],
+            _number(f["figure"]),
+            interval,
+            _number(f["floor"]),
+            _number(f["baseline"]),
+            claim.paper,
+        ]
+        table.add_row(*map(escape, row))
+    _print_table(table)
+    for f in record["findings"]:
+        if f["reason"]:
+            Console().print(f"{f['claim']}: {f['reason']}", markup=False, highlight=False, soft_wrap=True)
+    print(path)
+
+
+@app.command()
+def papers(
+    family: Annotated[str | None, typer.Option(help="Only papers of this family.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Only papers with this status.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of your own findings, read besides the shipped ones.")] = Path(
+        "out/findings"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """List the catalogue of papers: which have a study, and what was found."""
+    from regard.studies import papers as catalogue
+    from regard.studies import protocol
+
+    rows = catalogue.papers((protocol.SHIPPED, out))
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    if family is not None and family not in families:
+        raise typer.BadParameter(f"no family {family!r}; there are {', '.join(families)}", param_hint="--family")
+    rows = [r for r in rows if family in (None, r["family"]) and status in (None, r["status"])]
+    if as_json:
+        _print_json({"papers": rows})
+        return
+    table = Table("family", "paper", "status", "title", "claims", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for r in rows:
+        colour = {"holds": "green", "does not hold": "red", "not measured": "yellow"}.get(r["status"], "dim")
+        claims = catalogue.summary(r["findings"])
+        table.add_row(r["family"], r["slug"], f"[{colour}]{r['status']}[/]", escape(r["title"]), escape(claims))
+    _print_table(table)
+    counts = ", ".join(f"{sum(r['status'] == s for r in rows)} {s}" for s in catalogue.STATUSES)
+    print(f"{len(rows)} papers: {counts}")
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="What to train: decoder.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
+    size: Annotated[
+        Size, typer.Option(help="smoke: a tiny model in seconds; full: the one that is shipped.")
+    ] = Size.full,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Train a testbed from scratch; an interrupted run goes on from its checkpoint."""
+    from regard.tasks import testbeds
+
+    _check_device(device)
+    done = testbeds.train(name, size=size.value, seed=seed, out=out, device=device, log=_log)
+    if as_json:
+        _print_json(done)
+    else:
+        print(out)
+
+
+# -- the work ---------------------------------------------------------------------------------------------------
+
+
+def _load(name: str, device: str) -> Any:
+    """The model on its device; a name that leads nowhere is a usage error."""
+    _check_device(device)
+    _quiet()
+    try:
+        with _working(f"loading {name}"):
+            loaded = regard.load(name)
+    except (FileNotFoundError, KeyError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL") from error
+    loaded.model.to(device).eval()
+    return loaded
+
+
+def _quiet() -> None:
+    """No progress bars of other libraries on our stderr."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device!r} cannot be used here: {error}", param_hint="--device") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is not UTF-8 text: {error}", param_hint="--text") from error
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A line with a spinner on stderr while something runs; nothing where stderr is no terminal."""
+    with say.status(escape(what)) if say.is_terminal else _nothing():
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _log(line: str) -> None:
+    say.print(line, markup=False, highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _print_table(table: Table) -> None:
+    # A pipe has no width of its own: rows stay on one line there.
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:.3g}"
+
+
+def _finite(x: float) -> float | None:
+    return x if abs(x) != float("inf") else None
+
+
+def _evidence(head: dict[str, Any]) -> str:
+    """What the primary role rests on, as comparisons; for a mixed head the share of roles that were measured."""
+    judged = head["roles"].get(head["role"])
+    if judged is None:
+        unmeasured = len(head["not_measured"])
+        return "no role holds" + (f" ({unmeasured} not measured)" if unmeasured else "")
+    checks = [c for c in judged["scores"] if c["passes"]]
+    return ", ".join(f"{c['score']} {c['value']:.2f} {c['op']} {c['threshold']:g}" for c in checks)
+
+
+def _roles_json(table: Any) -> dict[str, Any]:
+    return json.loads(table.to_json())
+
+
+def _print_roles(table: Any) -> None:
+    shown = Table("layer", "head", "role", "evidence", "also", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for head in table.evidence.values():
+        row = [head["layer"], str(head["head"]), head["role"], _evidence(head), ", ".join(head["also"])]
+        shown.add_row(*map(escape, row))
+    _print_table(shown)
+    _print_counts(table)
+
+
+def _print_grid(table: Any) -> None:
+    """Layers down, heads across: the picture of the model in words."""
+    names = table.names
+    shown = Table("layer", *(str(h) for h in names["head"].values), box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for index, layer in enumerate(names["layer"].values):
+        shown.add_row(escape(str(layer)), *(escape(str(r)) for r in names.values[index]))
+    _print_table(shown)
+    _print_counts(table)
+
+
+def _print_counts(table: Any) -> None:
+    print(", ".join(f"{n} {role}" for role, n in table.counts().items()))
+    for role, how in table.not_measured().items():
+        Console().print(f"not measured: {role} ({how})", markup=False, highlight=False, style="dim", soft_wrap=True)
