@@ -1,0 +1,351 @@
+"""What a tile pass can hand out. Each class says what it returns; none keeps state between passes.
+
+Shapes: b batch, h heads, q queries, k keys. All results are float32 (float64 for float64 input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from regard.kernels.tiles import Frame, Tile
+from regard.patterns.pattern import Pattern
+
+__all__ = [
+    "Columns",
+    "Entropy",
+    "Features",
+    "Gram",
+    "Lse",
+    "Offsets",
+    "Pairs",
+    "PatternMass",
+    "Squares",
+    "Top",
+]
+
+Start = tuple[Callable[[Tile], None], Any]
+
+
+class _Base:
+    needs_entropy = False
+    all_heads = False
+    needs_shear = False
+
+
+class Lse(_Base):
+    """``lse_i = log sum_j exp(s_ij)``: [b, h, q], -inf for rows without a key. Includes the sink if there is one."""
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        out = frame.zeros(frame.q_len).fill_(-torch.inf)
+
+        def add(tile: Tile) -> None:
+            out[tile.units, tile.rows] = tile.lse
+
+        return add, frame.per_head(out)
+
+
+class Entropy(_Base):
+    """``H_i = -sum_j P_ij log P_ij = lse_i - sum_j P_ij s_ij``, nats: [b, h, q]; 0 for rows without a key.
+
+    From the scores of the tile, of keys less their mean, so that it holds under a bias, a softcap and with half
+    precision keys that share a large component. With a learned sink it is the entropy over keys and sink.
+    """
+
+    needs_entropy = True
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        out = frame.zeros(frame.q_len)
+
+        def add(tile: Tile) -> None:
+            out[tile.units, tile.rows] = tile.entropy  # type: ignore[assignment]
+
+        return add, frame.per_head(out)
+
+
+class Columns(_Base):
+    """``sum_i w_ic P_ij`` for every key j and column c: [b, h, C, k].
+
+    ``row_weights`` is [b or 1, q, C]. Indicator columns give block maps, group masses and received mass; a column that
+    is zero on all rows of a tile costs nothing there.
+    """
+
+    def __init__(self, row_weights: Float[Tensor, "batch q_len columns"]) -> None:
+        self.row_weights = row_weights
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        w = self.row_weights
+        if w.shape[0] not in (1, frame.batch) or w.shape[1] != frame.q_len:
+            raise ValueError(
+                f"row_weights must be [batch or 1, q_len, columns] = [{frame.batch}, {frame.q_len}, columns], got {list(w.shape)}"
+            )
+        w = w.to(frame.device, frame.dtype)
+        out = frame.zeros(w.shape[2], frame.kv_len)
+        pieces = []
+        for i0, i1 in frame.tiles:
+            part = w[:, i0:i1]
+            used = part.ne(0).flatten(0, 1).any(0).nonzero().flatten()
+            first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+            together = last - first == len(used)  # neighbours can be added in place
+            where: slice | Tensor = slice(first, last) if together else used
+            pieces.append((where, len(used), part[:, :, used].transpose(1, 2).contiguous()))
+
+        def add(tile: Tile) -> None:
+            where, count, part = pieces[tile.n]
+            if count == 0:
+                return
+            keys, units = slice(tile.lo, tile.hi), tile.units.stop - tile.units.start
+            if units == 1:
+                sample = tile.units.start // frame.heads if len(part) > 1 else 0
+                if isinstance(where, slice):
+                    out[tile.units.start, where, keys].addmm_(part[sample], tile.weights[0])
+                else:
+                    out[tile.units.start, where, keys] += part[sample] @ tile.weights[0]
+                return
+            sample = torch.arange(tile.units.start, tile.units.stop, device=frame.device) // frame.heads
+            rows = part[sample] if len(part) > 1 else part.expand(units, -1, -1)
+            if isinstance(where, slice):
+                out[tile.units, where, keys] += rows @ tile.weights
+            else:
+                out[tile.units, :, keys].index_add_(1, where, rows @ tile.weights)
+
+        return add, frame.per_head(out)
+
+
+class Offsets(_Base):
+    """``sum_i P[i, i - o]`` for each offset ``lo <= o < hi``: [b, h, hi - lo], i and j on the key axis.
+
+    Negative offsets are later keys. A tile's weights are read along their diagonals through a stride one longer than
+    the row, so every offset costs one read of the tile, whatever their number.
+    """
+
+    needs_shear = True
+
+    def __init__(self, lo: int, hi: int) -> None:
+        if lo > hi:
+            raise ValueError(f"lo must be <= hi, got lo={lo}, hi={hi}")
+        self.lo, self.hi = lo, hi
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        # Kept by ascending key, that is by descending offset: column x is offset hi - 1 - x.
+        out = frame.zeros(self.hi - self.lo)
+        lo, hi = self.lo, self.hi
+
+        def add(tile: Tile) -> None:
+            rows, width = tile.rows.stop - tile.rows.start, tile.storage.shape[2]
+            # Row r and sheared column c are key tile.lo + c + r, offset base - c.
+            base = tile.rows.start + frame.start - tile.lo
+            c0, c1 = max(-(rows - 1), base - hi + 1), min(tile.hi - tile.lo, base - lo + 1)
+            if tile.causal:
+                c1 = min(c1, base + 1)
+            if c0 >= c1:
+                return
+            x0 = hi - 1 - base  # column c is kept at x0 + c
+            units = tile.units.stop - tile.units.start
+            if c1 > 0:  # row 0 starts at its own beginning
+                f = max(c0, 0)
+                out[tile.units, x0 + f : x0 + c1] += tile.weights[:, 0, f:c1]
+            if rows == 1:
+                return
+            first = tile.storage.storage_offset() + width + 1 + c0  # row 1, sheared column c0
+            shape, stride = (units, rows - 1, c1 - c0), (rows * width, width + 1, 1)
+            diagonals = torch.as_strided(tile.storage, shape, stride, first)
+            if units == 1:
+                ones = torch.ones(1, rows - 1, dtype=frame.dtype, device=frame.device)
+                out[tile.units, x0 + c0 : x0 + c1].addmm_(ones, diagonals[0])
+            else:
+                out[tile.units, x0 + c0 : x0 + c1] += diagonals.sum(1)
+
+        return _Flipped(add, out), frame.per_head(out)
+
+
+class _Flipped:
+    """Turns the kept order round once, when the pass is over."""
+
+    def __init__(self, add: Callable[[Tile], None], out: Tensor) -> None:
+        self.add, self.out = add, out
+
+    def __call__(self, tile: Tile) -> None:
+        self.add(tile)
+
+    def finish(self) -> None:
+        self.out.copy_(self.out.flip(-1))
+
+
+class Features(_Base):
+    """``E_i = sum_j P_ij f_j`` for features of the key: [b, h, q, F]; ``features`` is [k, F]."""
+
+    def __init__(self, features: Float[Tensor, "kv_len features"]) -> None:
+        self.features = features
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        f = self.features.to(frame.device, frame.dtype)
+        if len(f) != frame.kv_len:
+            raise ValueError(f"features must be [kv_len, F] with kv_len = {frame.kv_len}, got {list(f.shape)}")
+        out = frame.zeros(frame.q_len, f.shape[1])
+
+        def add(tile: Tile) -> None:
+            out[tile.units, tile.rows] = tile.weights @ f[tile.lo : tile.hi]
+
+        return add, frame.per_head(out)
+
+
+class Top(_Base):
+    """The largest weight of each row and its key: (weight [b, h, q], index [b, h, q]); 0.0 and -1 without a key.
+
+    Among equal weights the index is one of them.
+    """
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        weight = frame.zeros(frame.q_len)
+        index = torch.full(weight.shape, -1, dtype=torch.long, device=frame.device)
+
+        def add(tile: Tile) -> None:
+            weight[tile.units, tile.rows] = tile.top
+            found = _argmax(tile.weights, tile.top) + tile.lo
+            index[tile.units, tile.rows] = found.masked_fill(tile.top == 0, -1)
+
+        return add, (frame.per_head(weight), frame.per_head(index))
+
+
+def _argmax(weights: Tensor, top: Tensor, block: int = 64) -> Tensor:
+    """Index of ``top`` in each row: the block that holds it first, then within it (argmax alone is many times slower)."""
+    count = weights.shape[-1] // block
+    if weights.device.type != "cpu" or count < 4:
+        return weights.argmax(-1)
+    head, tail = weights[..., : count * block], weights[..., count * block :]
+    blocks = head.unflatten(-1, (count, block)).amax(-1)
+    which = blocks.argmax(-1)
+    at = which[..., None] * block + torch.arange(block, device=weights.device)
+    found = which * block + weights.gather(-1, at).argmax(-1)
+    if tail.shape[-1]:
+        here = blocks.amax(-1) == top
+        found = torch.where(here, found, tail.argmax(-1) + count * block)
+    return found
+
+
+class Squares(_Base):
+    """``sum_j P_ij^2``, the inverse of the number of keys that share the mass: [b, h, q]."""
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        out = frame.zeros(frame.q_len)
+
+        def add(tile: Tile) -> None:
+            out[tile.units, tile.rows] = torch.linalg.vector_norm(tile.weights, dim=-1).square_()
+
+        return add, frame.per_head(out)
+
+
+class PatternMass(_Base):
+    """``sum_{j : pattern allows (i, j)} P_ij`` for each pattern: [b, h, q, n].
+
+    For windows and sinks alone `Offsets` and `Columns` give the sums over rows at less cost.
+    """
+
+    def __init__(self, patterns: Sequence[Pattern]) -> None:
+        self.patterns = tuple(patterns)
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        out = frame.zeros(frame.q_len, len(self.patterns))
+
+        def add(tile: Tile) -> None:
+            i = torch.arange(tile.rows.start, tile.rows.stop, device=frame.device)[:, None] + frame.start
+            j = torch.arange(tile.lo, tile.hi, device=frame.device)[None]
+            unit = torch.arange(tile.units.start, tile.units.stop, device=frame.device)[:, None, None]
+            for n, pattern in enumerate(self.patterns):
+                meets = pattern.allows(i, j, unit % frame.heads, unit // frame.heads)
+                out[tile.units, tile.rows, n] = (tile.weights * meets).sum(-1)
+
+        return add, frame.per_head(out)
+
+
+class Pairs(_Base):
+    """``sum_{j in rel(i)} P_ij`` for a relation between positions: [b, h, q].
+
+    ``relation`` is a bool mask broadcastable to [b, q, k], or a tuple of index tensors ``(q_idx, kv_idx)`` or
+    ``(batch_idx, q_idx, kv_idx)``, one entry a pair, where q_idx counts the rows of q from 0. A pair listed twice counts twice.
+    """
+
+    def __init__(
+        self,
+        relation: Bool[Tensor, "batch q_len kv_len"] | Bool[Tensor, "q_len kv_len"] | tuple[Int[Tensor, "pairs"], ...],
+    ) -> None:
+        if isinstance(relation, tuple) and len(relation) not in (2, 3):
+            raise ValueError(
+                f"relation must be (q_idx, kv_idx) or (batch_idx, q_idx, kv_idx), got {len(relation)} tensors"
+            )
+        self.relation = relation
+
+    def _lists(self, frame: Frame) -> tuple[Tensor | None, Tensor, Tensor]:
+        if isinstance(self.relation, Tensor):
+            mask = self.relation.to(frame.device)
+            mask = mask[None] if mask.ndim == 2 else mask
+            if any(m not in (1, n) for m, n in zip(mask.shape, (frame.batch, frame.q_len, frame.kv_len), strict=True)):
+                raise ValueError(
+                    f"relation must broadcast to [batch, q_len, kv_len] = {[frame.batch, frame.q_len, frame.kv_len]}, "
+                    f"got {list(mask.shape)}"
+                )
+            b, i, j = mask.expand(-1, frame.q_len, frame.kv_len).nonzero().unbind(1)
+            return (None if len(mask) == 1 else b), i, j
+        lists = [x.to(frame.device) for x in self.relation]
+        for name, x, n in zip(
+            ("kv_idx", "q_idx", "batch_idx"), lists[::-1], (frame.kv_len, frame.q_len, frame.batch), strict=False
+        ):
+            if x.numel() and not (0 <= int(x.min()) and int(x.max()) < n):
+                raise ValueError(f"{name} must lie in [0, {n}), got {int(x.min())} to {int(x.max())}")
+        return (lists[0] if len(lists) == 3 else None), lists[-2], lists[-1]
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        b, i, j = self._lists(frame)
+        out = frame.zeros(frame.q_len)
+        order = i.argsort(stable=True)
+        i, j = i[order], j[order]
+        b = None if b is None else b[order]
+        edges = torch.searchsorted(
+            i, torch.tensor([t[0] for t in frame.tiles] + [frame.q_len], device=i.device)
+        ).tolist()
+
+        def add(tile: Tile) -> None:
+            s = slice(edges[tile.n], edges[tile.n + 1])
+            keep = (j[s] >= tile.lo) & (j[s] < tile.hi)
+            row, key = i[s][keep] - tile.rows.start, j[s][keep] - tile.lo
+            if b is None:
+                out[tile.units, tile.rows].index_add_(1, row, tile.weights[:, row, key])
+                return
+            sample = b[s][keep]
+            for unit in range(tile.units.start, tile.units.stop):
+                mine = sample == unit // frame.heads
+                r = row[mine]
+                out[unit, tile.rows].index_add_(0, r, tile.weights[unit - tile.units.start, r, key[mine]])
+
+        return add, frame.per_head(out)
+
+
+class Gram(_Base):
+    """``sum_ij P^h_ij P^g_ij`` for every two heads of a sample: [b, h, h]."""
+
+    all_heads = True
+
+    def start(self, frame: Frame) -> Start:
+        """See `Reducer`."""
+        out = torch.zeros(frame.batch, frame.heads, frame.heads, dtype=frame.dtype, device=frame.device)
+
+        def add(tile: Tile) -> None:
+            flat = tile.weights.reshape(-1, frame.heads, tile.weights[0].numel())
+            b0 = tile.units.start // frame.heads
+            out[b0 : b0 + len(flat)] += flat @ flat.transpose(1, 2)
+
+        return add, out

@@ -1,0 +1,139 @@
+"""A pattern: which queries may meet which keys.
+
+An immutable value. Everything follows from one predicate over absolute indices, ``allows(q_idx, kv_idx)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+__all__ = ["And", "Not", "Or", "Pattern", "resolve_q_start"]
+
+CHUNK = 1 << 22  # pairs evaluated at once when a pattern has no closed form
+
+
+def resolve_q_start(q_len: int, kv_len: int, q_start: int | None) -> int:
+    """The absolute index of the first query. ``None``: the queries are the last ones, as in decoding."""
+    if q_len < 0 or kv_len < 0:
+        raise ValueError(f"q_len and kv_len must be >= 0, got q_len={q_len}, kv_len={kv_len}")
+    return kv_len - q_len if q_start is None else q_start
+
+
+class Pattern(ABC):
+    """Which (query, key) pairs are allowed. Immutable, comparable, hashable; combine with ``&``, ``|`` and ``~``.
+
+    Indices are absolute, from 0. Where the queries are not the whole sequence, ``q_start`` is the index of
+    the first one (``None``: they are the last ``q_len`` of ``kv_len``).
+    """
+
+    @abstractmethod
+    def allows(
+        self,
+        q_idx: Int[Tensor, "..."],
+        kv_idx: Int[Tensor, "..."],
+        head: Tensor | None = None,
+        batch: Tensor | None = None,
+    ) -> Bool[Tensor, "..."]:
+        """Whether each pair is allowed; the arguments broadcast against each other.
+
+        ``head`` and ``batch`` matter only to patterns that differ between heads or samples.
+        """
+
+    def row_counts(self, q_len: int, kv_len: int, q_start: int | None = None) -> Int[Tensor, "{q_len}"]:
+        """How many keys each query may see: ``n_i = #{j : allows(i, j)}``.
+
+        This general form evaluates every pair, ``CHUNK`` at a time; static patterns answer in closed form.
+        """
+        start = resolve_q_start(q_len, kv_len, q_start)
+        keys = torch.arange(kv_len)
+        counts = torch.zeros(q_len, dtype=torch.long)
+        step = max(1, CHUNK // max(kv_len, 1))
+        for lo in range(0, q_len, step):
+            queries = torch.arange(lo, min(lo + step, q_len)) + start
+            allowed = self.allows(queries[:, None], keys[None])
+            counts[lo : lo + step] = allowed.expand(len(queries), kv_len).sum(-1)
+        return counts
+
+    def density(self, q_len: int, kv_len: int, q_start: int | None = None) -> float:
+        """Allowed pairs divided by all ``q_len * kv_len`` pairs, in [0, 1]; 0.0 where there is no pair."""
+        pairs = q_len * kv_len
+        return self.row_counts(q_len, kv_len, q_start).sum().item() / pairs if pairs else 0.0
+
+    def show(self, q_len: int = 24, kv_len: int | None = None, q_start: int | None = None) -> str:
+        """A picture in text: one line a query, ``█`` for an allowed pair, ``·`` for a forbidden one."""
+        kv_len = q_len if kv_len is None else kv_len
+        if q_len * kv_len > 1 << 16:
+            raise ValueError(
+                f"show() draws one character a pair and takes at most 65536 pairs, got {q_len} x {kv_len}; "
+                "pass a smaller q_len and kv_len, with q_start to look further down"
+            )
+        start = resolve_q_start(q_len, kv_len, q_start)
+        allowed = self.allows(torch.arange(start, start + q_len)[:, None], torch.arange(kv_len)[None])
+        return "\n".join("".join("█" if x else "·" for x in row) for row in allowed.expand(q_len, kv_len).tolist())
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return And(self, other) if isinstance(other, Pattern) else NotImplemented
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return Or(self, other) if isinstance(other, Pattern) else NotImplemented
+
+    def __invert__(self) -> Pattern:
+        return self.part if isinstance(self, Not) else Not(self)
+
+
+@dataclass(frozen=True)
+class And(Pattern):
+    """Pairs that both parts allow."""
+
+    left: Pattern
+    right: Pattern
+
+    def allows(
+        self,
+        q_idx: Int[Tensor, "..."],
+        kv_idx: Int[Tensor, "..."],
+        head: Tensor | None = None,
+        batch: Tensor | None = None,
+    ) -> Bool[Tensor, "..."]:
+        """``left & right``."""
+        return self.left.allows(q_idx, kv_idx, head, batch) & self.right.allows(q_idx, kv_idx, head, batch)
+
+
+@dataclass(frozen=True)
+class Or(Pattern):
+    """Pairs that at least one part allows."""
+
+    left: Pattern
+    right: Pattern
+
+    def allows(
+        self,
+        q_idx: Int[Tensor, "..."],
+        kv_idx: Int[Tensor, "..."],
+        head: Tensor | None = None,
+        batch: Tensor | None = None,
+    ) -> Bool[Tensor, "..."]:
+        """``left | right``."""
+        return self.left.allows(q_idx, kv_idx, head, batch) | self.right.allows(q_idx, kv_idx, head, batch)
+
+
+@dataclass(frozen=True)
+class Not(Pattern):
+    """Pairs that the part forbids."""
+
+    part: Pattern
+
+    def allows(
+        self,
+        q_idx: Int[Tensor, "..."],
+        kv_idx: Int[Tensor, "..."],
+        head: Tensor | None = None,
+        batch: Tensor | None = None,
+    ) -> Bool[Tensor, "..."]:
+        """``~part``."""
+        return ~self.part.allows(q_idx, kv_idx, head, batch)
