@@ -5,7 +5,7 @@ import torch
 
 def allowed_pairs(shape, mask=None, is_causal=False, pattern=None, q_start=None, valid=None):
     """Bool [batch, heads, q_len, kv_len] of the pairs that may meet."""
-    batch, heads, q_len, kv_len = shape
+    _, _, q_len, kv_len = shape
     start = q_start if q_start is not None else 0 if is_causal else kv_len - q_len
     i = torch.arange(q_len)[:, None] + start
     j = torch.arange(kv_len)[None]
@@ -31,7 +31,7 @@ def attention(
 ):
     """(weights [b, h, q, k], lse [b, h, q], scores [b, h, q, k] with -inf where not allowed), all float64."""
     q, k = q.double(), k.double()
-    batch, heads, q_len, dim = q.shape
+    _, heads, _, dim = q.shape
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
     scores = q @ k.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
     if softcap is not None:

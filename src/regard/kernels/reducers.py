@@ -84,7 +84,8 @@ class Columns(_Base):
         w = self.row_weights
         if w.shape[0] not in (1, frame.batch) or w.shape[1] != frame.q_len:
             raise ValueError(
-                f"row_weights must be [batch or 1, q_len, columns] = [{frame.batch}, {frame.q_len}, columns], got {list(w.shape)}"
+                f"row_weights must be [batch or 1, q_len, columns] with batch {frame.batch} and q_len {frame.q_len}, "
+                f"got {list(w.shape)}"
             )
         w = w.to(frame.device, frame.dtype)
         out = frame.zeros(w.shape[2], frame.kv_len)
@@ -219,7 +220,7 @@ class Top(_Base):
 
 
 def _argmax(weights: Tensor, top: Tensor, block: int = 64) -> Tensor:
-    """Index of ``top`` in each row: the block that holds it first, then within it (argmax alone is many times slower)."""
+    """Index of ``top`` in each row: first the block that holds it, then within it. Much faster than argmax alone."""
     count = weights.shape[-1] // block
     if weights.device.type != "cpu" or count < 4:
         return weights.argmax(-1)
@@ -275,7 +276,8 @@ class Pairs(_Base):
     """``sum_{j in rel(i)} P_ij`` for a relation between positions: [b, h, q].
 
     ``relation`` is a bool mask broadcastable to [b, q, k], or a tuple of index tensors ``(q_idx, kv_idx)`` or
-    ``(batch_idx, q_idx, kv_idx)``, one entry a pair, where q_idx counts the rows of q from 0. A pair listed twice counts twice.
+    ``(batch_idx, q_idx, kv_idx)``, one entry a pair, where q_idx counts the rows of q from 0.
+    A pair listed twice counts twice.
     """
 
     def __init__(
@@ -303,7 +305,7 @@ class Pairs(_Base):
         for name, x, n in zip(
             ("kv_idx", "q_idx", "batch_idx"), lists[::-1], (frame.kv_len, frame.q_len, frame.batch), strict=False
         ):
-            if x.numel() and not (0 <= int(x.min()) and int(x.max()) < n):
+            if x.numel() and (int(x.min()) < 0 or int(x.max()) >= n):
                 raise ValueError(f"{name} must lie in [0, {n}), got {int(x.min())} to {int(x.max())}")
         return (lists[0] if len(lists) == 3 else None), lists[-2], lists[-1]
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regard.patterns import intervals
 from regard.patterns.pattern import Pattern
-from regard.patterns.static import cuts_of, rows_of
 
 __all__ = ["NOTHING", "Scope", "Span", "make_scope"]
 
 NOTHING = -1e30  # the score of a pair that is not allowed; finite, so that 0 * score is 0
-CAUSAL_HINT = "is_causal=True with q_start=None means q_start=0, as in scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -77,29 +76,32 @@ class Scope:
                 out[n] = [span.both(out[n][0]) for span in per_batch]
         return out
 
-    def _pattern_spans(self, tiles: list[tuple[int, int]]) -> list[Span]:
+    def key_intervals(self, i0: int, i1: int) -> tuple[Tensor, Tensor] | None:
+        """What the pattern may allow some row of ``[i0, i1)``, and what it allows them all: ``[m, 2]`` each.
+
+        None if there is no closed form.
+        """
         assert self.pattern is not None
+        a, b = i0 + self.start, i1 + self.start
+        cuts = self.pattern.cuts(a, b)
+        edges = torch.cat([cuts.new_tensor([a]), cuts, cuts.new_tensor([b])])
+        rows = self.pattern.rows(edges[:-1], edges[1:], self.kv_len)
+        if rows is None:
+            return None
+        some = intervals.clip(rows.any.reshape(1, -1, 2), self.kv_len)[0]
+        return some, (rows.all[0] if len(cuts) == 0 else rows.all.new_zeros(0, 2))
+
+    def _pattern_spans(self, tiles: list[tuple[int, int]]) -> list[Span]:
         out = []
         for i0, i1 in tiles:
-            a, b = i0 + self.start, i1 + self.start
-            cuts = cuts_of(self.pattern, a, b)
-            if cuts is None:  # no closed form: look at the pairs themselves, tile by tile
+            found = self.key_intervals(i0, i1)
+            if found is None:  # no closed form: look at the pairs themselves, tile by tile
                 out.append(Span(0, self.kv_len, 0, 0))
                 continue
-            edges = torch.cat([torch.tensor([a]), cuts, torch.tensor([b])])
-            rows = rows_of(self.pattern, edges[:-1], edges[1:], self.kv_len)
-            assert rows is not None
-            some = rows.any[rows.any[..., 0] < rows.any[..., 1]]
-            if not len(some):
-                out.append(Span(0, 0, 0, 0))
-                continue
-            lo, hi = int(some[:, 0].min()), int(some[:, 1].max())
-            every = rows.all[0] if len(edges) == 2 else rows.all[:0].reshape(0, 2)
-            if len(every):
-                best = every[(every[:, 1] - every[:, 0]).argmax()].tolist()
-                out.append(Span(lo, hi, best[0], best[1]))
-            else:
-                out.append(Span(lo, hi, 0, 0))
+            some, every = found
+            lo, hi = (int(some[0, 0]), int(some[:, 1].max())) if len(some) else (0, 0)
+            full = every[(every[:, 1] - every[:, 0]).argmax()].tolist() if len(every) else (0, 0)
+            out.append(Span(lo, hi, full[0], full[1]))
         return out
 
     def _mask_spans(self, tiles: list[tuple[int, int]]) -> list[list[Span]]:
@@ -113,7 +115,7 @@ class Scope:
             every = part.flatten(1, 2).all(1).expand(-1, self.kv_len)
             lo = torch.where(some, keys, self.kv_len).amin(1)
             hi = torch.where(some, keys + 1, 0).amax(1)
-            # One full stretch is enough: from the first key that every row sees to the first one after it that some row does not.
+            # One full stretch is enough: from the first key that every row sees on.
             full_lo = torch.where(every, keys, self.kv_len).amin(1)
             full_hi = torch.where(~every & (keys > full_lo[:, None]), keys, self.kv_len).amin(1)
             found.append(torch.stack([torch.minimum(lo, hi), hi, torch.minimum(full_lo, full_hi), full_hi], 1))
@@ -123,32 +125,38 @@ class Scope:
 
     def forbid(self, scores: Tensor, units: tuple[int, int], rows: tuple[int, int], span: Span) -> None:
         """Add the bias to the scores ``[units, rows, span]`` and set what is not allowed to `NOTHING`, in place."""
-        (u0, u1), (i0, i1) = units, rows
         if self.bias is not None:
-            scores.add_(self._piece(self.bias, units, rows, span.lo, span.hi)).clamp_(min=NOTHING)
+            piece = self._piece(self.bias, units, rows, slice(span.lo, span.hi))
+            scores.add_(piece).clamp_(min=NOTHING)
         # Only keys outside the stretch that all rows may see need a look.
         parts = [(span.lo, span.hi)]
         if span.full_lo < span.full_hi:
             parts = [(span.lo, max(span.lo, span.full_lo)), (min(span.hi, span.full_hi), span.hi)]
         for lo, hi in parts:
-            if lo >= hi:
-                continue
-            part = scores[:, :, lo - span.lo : hi - span.lo]
-            queries = torch.arange(i0 + self.start, i1 + self.start, device=self.device)[:, None]
-            keys = torch.arange(lo, hi, device=self.device)[None]
-            if self.causal:
-                part.masked_fill_(keys > queries, NOTHING)
-            if self.pattern is not None:
-                unit = torch.arange(u0, u1, device=self.device)[:, None, None]
-                meets = self.pattern.allows(queries, keys, unit % self.heads, unit // self.heads)
-                part.masked_fill_(~meets, NOTHING)
-            if self.allowed is not None:
-                part.masked_fill_(~self._piece(self.allowed, units, rows, lo, hi), NOTHING)
+            if lo < hi:
+                self._forbid(scores[:, :, lo - span.lo : hi - span.lo], units, rows, slice(lo, hi))
 
-    def _piece(self, mask: Tensor, units: tuple[int, int], rows: tuple[int, int], lo: int, hi: int) -> Tensor:
+    def forbid_at(self, scores: Tensor, units: tuple[int, int], rows: tuple[int, int], keys: Tensor) -> None:
+        """The same for scores at a list of keys, ``[units, rows, keys]``."""
+        if self.bias is not None:
+            scores.add_(self._piece(self.bias, units, rows, keys)).clamp_(min=NOTHING)
+        self._forbid(scores, units, rows, keys)
+
+    def _forbid(self, scores: Tensor, units: tuple[int, int], rows: tuple[int, int], keys: slice | Tensor) -> None:
+        i = torch.arange(rows[0] + self.start, rows[1] + self.start, device=self.device)[:, None]
+        j = torch.arange(keys.start, keys.stop, device=self.device) if isinstance(keys, slice) else keys
+        if self.causal:
+            scores.masked_fill_(j > i, NOTHING)
+        if self.pattern is not None:
+            unit = torch.arange(*units, device=self.device)[:, None, None]
+            scores.masked_fill_(~self.pattern.allows(i, j[None], unit % self.heads, unit // self.heads), NOTHING)
+        if self.allowed is not None:
+            scores.masked_fill_(~self._piece(self.allowed, units, rows, keys), NOTHING)
+
+    def _piece(self, mask: Tensor, units: tuple[int, int], rows: tuple[int, int], keys: slice | Tensor) -> Tensor:
         """The mask for some units (flat batch * heads), rows and keys, broadcastable to ``[units, rows, keys]``."""
         part = mask if mask.shape[2] == 1 else mask[:, :, rows[0] : rows[1]]
-        part = part if part.shape[3] == 1 else part[..., lo:hi]
+        part = part if part.shape[3] == 1 else part[..., keys]
         if part.shape[0] == part.shape[1] == 1:
             return part[0]
         unit = torch.arange(units[0], units[1], device=mask.device)
@@ -197,7 +205,7 @@ def make_scope(
     if valid is not None:
         if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[0] not in (1, batch) or valid.shape[1] != q_len:
             raise ValueError(
-                f"valid must be a bool tensor [batch, q_len] = [{batch}, {q_len}], got {valid.dtype} {list(valid.shape)}"
+                f"valid must be bool [batch, q_len] = [{batch}, {q_len}], got {valid.dtype} {list(valid.shape)}"
             )
         if not bool(valid.all()):
             invalid = ~valid.to(device)

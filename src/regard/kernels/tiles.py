@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.kernels.scope import NOTHING, Scope, Span, make_scope
+from regard.kernels.scope import NOTHING, Scope, make_scope
 from regard.patterns.pattern import Pattern
 
 __all__ = ["Frame", "Reducer", "Tile", "check_qk", "tile_pass"]
@@ -152,7 +152,7 @@ def tile_pass(
     Time: with the usual reducers about one call of the fused attention; memory O(tile * kv_len), plus copies of
     q and k in float32.
     """
-    batch, heads, kv_heads, q_len, kv_len, dim = check_qk(q, k)
+    batch, heads, _, q_len, kv_len, dim = check_qk(q, k)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, or None for none, got {softcap}")
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -256,9 +256,8 @@ def _run(
             if scope.may_be_empty():
                 empty = largest <= NOTHING / 2
                 if scope.invalid is not None:
-                    bad = scope.invalid
-                    b = torch.arange(u0, u1, device=q.device) // heads if bad.shape[0] > 1 else 0
-                    empty = empty | bad[b, i0:i1]
+                    bad = scope.invalid[:, i0:i1].expand(batch, -1).repeat_interleave(heads, 0)
+                    empty = empty | bad[u0:u1]
                 if bool(empty.any()):
                     weights.mul_(~empty[..., None])
                     top.masked_fill_(empty, 0)

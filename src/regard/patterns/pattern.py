@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-__all__ = ["And", "Not", "Or", "Pattern", "resolve_q_start"]
+from regard.patterns import intervals
+
+__all__ = ["And", "Not", "Or", "Pattern", "Rows", "resolve_q_start"]
 
 CHUNK = 1 << 22  # pairs evaluated at once when a pattern has no closed form
 
@@ -22,6 +25,18 @@ def resolve_q_start(q_len: int, kv_len: int, q_start: int | None) -> int:
     if q_len < 0 or kv_len < 0:
         raise ValueError(f"q_len and kv_len must be >= 0, got q_len={q_len}, kv_len={kv_len}")
     return kv_len - q_len if q_start is None else q_start
+
+
+class Rows(NamedTuple):
+    """Keys of each run of queries, as disjoint sorted intervals ``[runs, m, 2]``, empties ``(0, 0)``.
+
+    ``any``: keys that some query of the run may see; ``all``: keys that every query of it may see.
+    ``exact[0]`` False: ``any`` may hold too much. ``exact[1]`` False: ``all`` may hold too little.
+    """
+
+    any: Tensor
+    all: Tensor
+    exact: tuple[bool, bool] = (True, True)
 
 
 class Pattern(ABC):
@@ -44,12 +59,24 @@ class Pattern(ABC):
         ``head`` and ``batch`` matter only to patterns that differ between heads or samples.
         """
 
+    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
+        """Positions strictly inside ``(a, b)`` that no run of queries may cross in `rows`."""
+        return torch.zeros(0, dtype=torch.long)
+
+    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
+        """Keys of the runs of queries ``[q0, q1)`` in closed form; None for a pattern that has none."""
+        return None
+
     def row_counts(self, q_len: int, kv_len: int, q_start: int | None = None) -> Int[Tensor, "{q_len}"]:
         """How many keys each query may see: ``n_i = #{j : allows(i, j)}``.
 
-        This general form evaluates every pair, ``CHUNK`` at a time; static patterns answer in closed form.
+        From the intervals of `rows`; a pattern without them is evaluated pair by pair, ``CHUNK`` at a time.
         """
         start = resolve_q_start(q_len, kv_len, q_start)
+        first = torch.arange(start, start + q_len)
+        rows = self.rows(first, first + 1, kv_len)
+        if rows is not None:
+            return intervals.length(rows.any)
         keys = torch.arange(kv_len)
         counts = torch.zeros(q_len, dtype=torch.long)
         step = max(1, CHUNK // max(kv_len, 1))
@@ -103,6 +130,14 @@ class And(Pattern):
         """``left & right``."""
         return self.left.allows(q_idx, kv_idx, head, batch) & self.right.allows(q_idx, kv_idx, head, batch)
 
+    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
+        """The cuts of both parts."""
+        return torch.cat([self.left.cuts(a, b), self.right.cuts(a, b)]).unique()
+
+    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
+        """``all`` is exact, ``any`` may hold too much: keys that each part allows, but never to one query."""
+        return _combine(self.left, self.right, q0, q1, kv_len, meet=True)
+
 
 @dataclass(frozen=True)
 class Or(Pattern):
@@ -121,6 +156,14 @@ class Or(Pattern):
         """``left | right``."""
         return self.left.allows(q_idx, kv_idx, head, batch) | self.right.allows(q_idx, kv_idx, head, batch)
 
+    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
+        """The cuts of both parts."""
+        return torch.cat([self.left.cuts(a, b), self.right.cuts(a, b)]).unique()
+
+    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
+        """``any`` is exact, ``all`` may hold too little: keys that every query sees, through one part or the other."""
+        return _combine(self.left, self.right, q0, q1, kv_len, meet=False)
+
 
 @dataclass(frozen=True)
 class Not(Pattern):
@@ -137,3 +180,26 @@ class Not(Pattern):
     ) -> Bool[Tensor, "..."]:
         """``~part``."""
         return ~self.part.allows(q_idx, kv_idx, head, batch)
+
+    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
+        """The cuts of the part."""
+        return self.part.cuts(a, b)
+
+    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
+        """``any`` is what ``all`` of the part leaves out, and the reverse."""
+        part = self.part.rows(q0, q1, kv_len)
+        if part is None:
+            return None
+        some, every = intervals.complement(part.all, kv_len), intervals.complement(part.any, kv_len)
+        return Rows(some, every, (part.exact[1], part.exact[0]))
+
+
+def _combine(left: Pattern, right: Pattern, q0: Tensor, q1: Tensor, kv_len: int, meet: bool) -> Rows | None:
+    a, b = left.rows(q0, q1, kv_len), right.rows(q0, q1, kv_len)
+    if a is None or b is None:
+        return None
+    join = intervals.intersect if meet else intervals.union
+    single = bool((q1 - q0 <= 1).all())
+    some_exact = a.exact[0] and b.exact[0] and (single or not meet)
+    every_exact = a.exact[1] and b.exact[1] and (single or meet)
+    return Rows(join(a.any, b.any, kv_len), join(a.all, b.all, kv_len), (some_exact, every_exact))

@@ -1,111 +1,40 @@
-"""Patterns of fixed geometry, and their rows in closed form.
+"""Patterns of fixed geometry, with their rows in closed form.
 
-``rows_of(pattern, q0, q1, kv_len)`` gives, for runs of queries ``[q0, q1)``, the keys that some query of the
-run may see (``any``) and the keys that every query of it may see (``all``), as intervals. Row counts, spans of
-tiles and (later) block layouts follow from it without evaluating pairs.
+``rows(q0, q1, kv_len)`` gives, for runs of queries ``[q0, q1)``, the keys that some query of the run may see
+(``any``) and the keys that every query of it may see (``all``), as intervals. Row counts and the spans of tiles
+follow from it without evaluating pairs.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from regard.patterns import intervals as iv
-from regard.patterns.pattern import And, Not, Or, Pattern, resolve_q_start
+from regard.patterns.pattern import Pattern, Rows
 
 __all__ = [
     "Causal",
     "Columns",
     "Diagonals",
     "Full",
-    "Rows",
     "Segments",
     "Sinks",
     "StaticPattern",
     "Window",
-    "rows_of",
 ]
-
-
-class Rows(NamedTuple):
-    """Keys of each run of queries, as disjoint sorted intervals ``[runs, m, 2]``, empties ``(0, 0)``.
-
-    ``exact[0]`` False: ``any`` may hold too much. ``exact[1]`` False: ``all`` may hold too little.
-    """
-
-    any: Tensor
-    all: Tensor
-    exact: tuple[bool, bool] = (True, True)
 
 
 class StaticPattern(Pattern):
     """A pattern whose rows are intervals of keys."""
 
-    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
-        """Positions strictly inside ``(a, b)`` that no run of queries may cross: there the row formula changes."""
-        return torch.zeros(0, dtype=torch.long)
-
     @abstractmethod
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows:
-        """Keys of the runs of queries ``[q0, q1)``, none of which crosses a cut."""
-
-    def row_counts(self, q_len: int, kv_len: int, q_start: int | None = None) -> Int[Tensor, "{q_len}"]:
-        """How many keys each query may see, from the intervals."""
-        return _row_counts(self, q_len, kv_len, q_start)
-
-
-def cuts_of(pattern: Pattern, a: int, b: int) -> Tensor | None:
-    """Sorted cuts inside ``(a, b)`` of a pattern built from static parts; None if a part is not static."""
-    if isinstance(pattern, StaticPattern):
-        return pattern.cuts(a, b)
-    if isinstance(pattern, Not):
-        return cuts_of(pattern.part, a, b)
-    if isinstance(pattern, (And, Or)):
-        left, right = cuts_of(pattern.left, a, b), cuts_of(pattern.right, a, b)
-        return None if left is None or right is None else torch.cat([left, right]).unique()
-    return None
-
-
-def rows_of(pattern: Pattern, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
-    """Rows of a pattern or of a combination of static ones; None if a part is not static.
-
-    ``a & b`` has an exact ``all`` and an ``any`` that may be too large, ``a | b`` the reverse, ``~a`` swaps the two.
-    For runs of one query everything is exact.
-    """
-    if isinstance(pattern, StaticPattern):
-        return pattern.rows(q0, q1, kv_len)
-    if isinstance(pattern, Not):
-        part = rows_of(pattern.part, q0, q1, kv_len)
-        if part is None:
-            return None
-        return Rows(iv.complement(part.all, kv_len), iv.complement(part.any, kv_len), (part.exact[1], part.exact[0]))
-    if isinstance(pattern, (And, Or)):
-        left, right = rows_of(pattern.left, q0, q1, kv_len), rows_of(pattern.right, q0, q1, kv_len)
-        if left is None or right is None:
-            return None
-        meet = isinstance(pattern, And)
-        join = iv.intersect if meet else iv.union
-        single = bool((q1 - q0 <= 1).all())
-        exact = (
-            single or (not meet and left.exact[0] and right.exact[0]),
-            single or (meet and left.exact[1] and right.exact[1]),
-        )
-        return Rows(join(left.any, right.any, kv_len), join(left.all, right.all, kv_len), exact)
-    return None
-
-
-def _row_counts(pattern: Pattern, q_len: int, kv_len: int, q_start: int | None) -> Tensor:
-    start = resolve_q_start(q_len, kv_len, q_start)
-    queries = torch.arange(start, start + q_len)
-    rows = rows_of(pattern, queries, queries + 1, kv_len)
-    if rows is None:
-        return Pattern.row_counts(pattern, q_len, kv_len, q_start)
-    return iv.length(rows.any)
+        """Keys of the runs of queries ``[q0, q1)``, none of which crosses one of `cuts`."""
 
 
 def _one(lo: Tensor, hi: Tensor, kv_len: int) -> Tensor:
@@ -309,7 +238,7 @@ class Segments(StaticPattern):
             raise ValueError("ids must name the segment of each position, got an empty tuple")
 
     def _lookup(self, idx: Tensor, name: str) -> Tensor:
-        if idx.numel() and not (0 <= int(idx.min()) and int(idx.max()) < len(self.ids)):
+        if idx.numel() and (int(idx.min()) < 0 or int(idx.max()) >= len(self.ids)):
             raise ValueError(
                 f"{name} must lie in [0, {len(self.ids)}), the positions that ids covers; "
                 f"got {int(idx.min())} to {int(idx.max())}"
