@@ -36,7 +36,7 @@ lint: $(VENV)/stamp-test $(VENV)/stamp-lint
 	$(BIN)/lint-imports
 
 docs: $(VENV)/stamp-docs
-	$(BIN)/python docs/build.py
+	$(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/stamp-run
 	$(BIN)/python benchmarks/watch.py

@@ -319,22 +319,26 @@ def papers(
 def train(
     name: Annotated[str, typer.Argument(help="What to train: decoder.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
-    size: Annotated[
-        Size, typer.Option(help="smoke: a tiny model in seconds; full: the one that is shipped.")
-    ] = Size.full,
+    size: Annotated[Size, typer.Option(help="smoke: tiny, in seconds; full: the one that is shipped.")] = Size.full,
     seed: Seed = 0,
-    device: Device = "cpu",
+    steps: Annotated[int | None, typer.Option(min=1, help="Other than the recipe's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a testbed from scratch; an interrupted run goes on from its checkpoint."""
+    """Train a testbed from scratch; interrupted, the same command goes on from its checkpoint."""
     from regard.tasks import testbeds
 
-    _check_device(device)
-    done = testbeds.train(name, size=size.value, seed=seed, out=out, device=device, log=_log)
+    if name not in testbeds.TESTBEDS:
+        raise typer.BadParameter(f"no testbed {name!r}; there is {', '.join(testbeds.TESTBEDS)}", param_hint="NAME")
+    record = testbeds.train(name, out, size=size.value, seed=seed, steps=steps, console=say)
     if as_json:
-        _print_json(done)
-    else:
-        print(out)
+        _print_json(record)
+        return
+    gates = record["gates"]
+    table = Table("gate", "reached", "needed", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for gate, needed in gates["thresholds"].items():
+        table.add_row(gate, f"{gates['values'][gate]:.3f}", f"{needed:g}")
+    _print_table(table)
+    print(out)
 
 
 # -- the work ---------------------------------------------------------------------------------------------------
@@ -346,11 +350,9 @@ def _load(name: str, device: str) -> Any:
     _quiet()
     try:
         with _working(f"loading {name}"):
-            loaded = regard.load(name)
-    except (FileNotFoundError, KeyError, OSError) as error:
+            return regard.load(name, device=device)
+    except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="MODEL") from error
-    loaded.model.to(device).eval()
-    return loaded
 
 
 def _quiet() -> None:
@@ -390,10 +392,6 @@ def _working(what: str) -> Iterator[None]:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-def _log(line: str) -> None:
-    say.print(line, markup=False, highlight=False)
 
 
 def _print_json(value: Any) -> None:
