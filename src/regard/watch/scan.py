@@ -1,0 +1,131 @@
+"""Many interventions on one pair of inputs, several in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regard.watch.anatomy import Anatomy
+from regard.watch.edits import Edit
+from regard.watch.effects import damage, recovery
+from regard.watch.places import find_logits
+from regard.watch.probe import run
+from regard.watch.session import Backend, Session
+from regard.watch.site import Site
+from regard.watch.trace import trace
+
+# Arguments whose first dimension is never the batch.
+_SHARED = ("cache_position",)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The metric of each edit and of the two plain runs; `corrupt` is None if there was one input only."""
+
+    values: Float[Tensor, "edits batch"]
+    clean: Float[Tensor, "batch"]
+    corrupt: Float[Tensor, "batch"] | None
+
+    def recovery(self, spread: float | None = None) -> Float[Tensor, "edits batch"]:
+        """`(m_patched - m_corrupt) / (m_clean - m_corrupt)`: of a scan that puts clean values in."""
+        return recovery(self.values, self.clean, self._corrupt(), spread)
+
+    def damage(self, spread: float | None = None) -> Float[Tensor, "edits batch"]:
+        """`(m_patched - m_clean) / (m_corrupt - m_clean)`: of a scan that puts corrupted values in."""
+        return damage(self.values, self.clean, self._corrupt(), spread)
+
+    def _corrupt(self) -> Tensor:
+        if self.corrupt is None:
+            raise ValueError("the scan had no corrupt inputs, so there is no difference to compare with")
+        return self.corrupt
+
+
+def scan(
+    model: nn.Module,
+    clean: Any,
+    corrupt: Any,
+    edits: Sequence[Edit | Site | Sequence[Edit | Site]],
+    metric: Callable[[Tensor], Tensor],
+    chunk: int = 8,
+    *,
+    direction: Literal["denoise", "noise"] = "denoise",
+    anatomy: Anatomy | None = None,
+    backend: Backend = "fused",
+) -> Scan:
+    """The metric under each of many edits, `chunk` of them stacked along the batch in one forward pass.
+
+    Each edit (or group of edits) acts on its own copy of the inputs, with the numbers it would give alone, to the
+    rounding of the kernels.
+
+    Args:
+        model: the module to run, without gradients.
+        clean, corrupt: inputs as for `trace`, aligned token by token. `corrupt=None`: edits act on `clean`.
+        edits: each an Edit, or a Site, or a list of these that act together. A Site stands for `set` to what the other
+            run has there: with `direction="denoise"` the corrupted run gets clean values, with "noise" the clean run
+            gets corrupted ones.
+        metric: logits [batch, ...] -> one number a sample.
+        chunk: how many copies run together.
+        direction: which run is edited.
+        anatomy, backend: as in `intervene`.
+
+    Returns:
+        A `Scan`; `values[e]` is the metric under `edits[e]`.
+    """
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction={direction!r}; accepted: 'denoise' (clean into corrupt), 'noise'")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}; give at least 1")
+    groups = [[e] if isinstance(e, (Edit, Site)) else list(e) for e in edits]
+    patches = list(dict.fromkeys(e for group in groups for e in group if isinstance(e, Site)))
+    if patches and corrupt is None:
+        raise ValueError("a Site stands for a patch from the other run, but corrupt=None: give Edits, or corrupt inputs")
+    base, other = (clean, corrupt) if direction == "noise" or corrupt is None else (corrupt, clean)
+    values = trace(model, other, patches, anatomy=anatomy, backend=backend) if patches else {}
+    ready = [[Edit(e, "set", value=values[e]) if isinstance(e, Site) else e for e in group] for group in groups]
+    results: list[Tensor] = []
+    with torch.no_grad():
+        plain = {name: _score(model, x, metric, anatomy, backend) for name, x in _named(clean, corrupt)}
+        batch = len(plain["clean"])
+        for begin in range(0, len(ready), chunk):
+            some = ready[begin : begin + chunk]
+            actions = [
+                (e, slice(i * batch, (i + 1) * batch)) for i, group in enumerate(some) for e in group
+            ]
+            inputs = stack(base, len(some), batch)
+            with Session(model, actions, parts=anatomy, inputs=base, backend=backend):
+                logits = find_logits(run(model, inputs))[0]
+            results += [metric(part) for part in logits.split(batch)]
+    stacked = torch.stack(results) if results else plain["clean"].new_zeros(0, batch)
+    return Scan(stacked, plain["clean"], plain.get("corrupt"))
+
+
+def stack(inputs: Any, copies: int, batch: int) -> Any:
+    """The inputs with every tensor of `batch` samples repeated `copies` times along them."""
+    if isinstance(inputs, Mapping):
+        return {name: x if name in _SHARED else stack(x, copies, batch) for name, x in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(stack(x, copies, batch) for x in inputs)
+    if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) == batch:
+        return inputs.repeat(copies, *[1] * (inputs.ndim - 1))
+    if hasattr(inputs, "get_seq_length"):
+        raise ValueError("inputs hold a key-value cache, which the copies would share: scan needs inputs without one")
+    return inputs
+
+
+def _named(clean: Any, corrupt: Any) -> list[tuple[str, Any]]:
+    return [("clean", clean)] + ([] if corrupt is None else [("corrupt", corrupt)])
+
+
+def _score(model: nn.Module, inputs: Any, metric: Callable, anatomy: Anatomy | None, backend: Backend) -> Tensor:
+    with Session(model, parts=anatomy, inputs=inputs, backend=backend):
+        scores = metric(find_logits(run(model, inputs))[0])
+    if not isinstance(scores, Tensor) or scores.ndim != 1:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"metric must give one number a sample, shape [batch]; it gave {got}")
+    return scores
+
