@@ -80,7 +80,7 @@ class Call:
         True when the batch of q is the batch of no tensor the model was given. Positions then count inside a fold.
         """
         batches = self.state.batches(self.module)
-        return bool(batches) and self.q.shape[0] not in batches
+        return self.q.shape[0] > 1 and bool(batches) and self.q.shape[0] not in batches
 
     @cached_property
     def kind(self) -> Literal["self", "cross"]:
@@ -109,7 +109,7 @@ class Call:
 
     @property
     def positions_known(self) -> bool:
-        """False when nothing says where the keys stand (evicted caches, pooled keys): position statistics must refuse."""
+        """False when nothing says where the keys stand (evicted, pooled): position statistics must then refuse."""
         return self.positions.known
 
     @cached_property

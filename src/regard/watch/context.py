@@ -6,6 +6,7 @@ import inspect
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,6 +36,11 @@ class Frame:
                 return value
         return None
 
+    def query_length(self) -> int | None:
+        """Length of the sequence the module was handed, where that can be told."""
+        hidden = self.hidden
+        return None if hidden is None or hidden.ndim != 3 else hidden.shape[-2]
+
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of `module.forward`, in order; empty when Python cannot tell."""
@@ -49,6 +55,7 @@ class Forward:
 
     def __init__(self, top: Frame):
         self.top = top
+        self.grad = torch.is_grad_enabled()
         self.counts: dict[str, int] = {}
         self.notes: dict[Any, Any] = {}
         self._by_tensor: dict[tuple[str, int], tuple[weakref.ref[Tensor], Any]] = {}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.watch.context import Frame
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -116,11 +118,7 @@ class Layout:
         own_k, own_v = self._close_kv(k, self.own_k, whole), self._close_kv(v, self.own_v, whole)
         if self.enable_gqa:
             kwargs["enable_gqa"] = True
-        return (
-            self.open_output(function(own_q, own_k, own_v, attn_mask=own_mask, **kwargs))
-            if not moved
-            else function(own_q, own_k, own_v, attn_mask=own_mask, **kwargs)
-        )
+        return self.open_output(function(own_q, own_k, own_v, attn_mask=own_mask, **kwargs))
 
     def _close_kv(self, new: Tensor | None, own: Tensor, whole: bool) -> Tensor:
         """k or v in the caller's form: its own, or a new one repeated where the caller's was."""
@@ -152,17 +150,19 @@ def layout_of(
     v: Tensor,
     mask: Tensor | None,
     enable_gqa: bool,
-    module: nn.Module,
+    frame: Frame,
     batches: set[int],
     trusted: dict[int, bool],
 ) -> Layout:
     """Find out how a call's tensors are packed. `trusted` remembers per module whether its keys really repeat."""
-    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]) if q.ndim > 3 else ()
     if q.ndim == 4:
-        batch, heads, q_len, kv_heads = lead[0], q.shape[1], q.shape[2], k.shape[1]
+        batch = torch.broadcast_shapes(q.shape[:1], k.shape[:1])[0]
+        heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
         out_lead: tuple[int, ...] = (batch, max(heads, kv_heads))
-        groups = declared_groups(module)
-        packed = groups > 1 and heads == kv_heads and q_len == groups and declared_heads(module) == heads * groups
+        module = frame.module
+        groups, declared = declared_groups(module), declared_heads(module)
+        packed = groups > 1 and heads == kv_heads and q_len == groups
+        packed = packed and (declared == heads * groups if declared else frame.query_length() == 1)
         repeated = not packed and groups > 1 and heads == kv_heads and heads % groups == 0
         if repeated:
             if id(module) not in trusted:
@@ -217,7 +217,7 @@ def declared_groups(module: nn.Module) -> int:
 
 
 def repeats(x: Tensor, groups: int) -> bool:
-    """Whether the heads of `[batch, heads, length, width]` come in equal runs of `groups` (three positions compared)."""
+    """Whether heads of `[batch, heads, length, width]` come in equal runs of `groups`, by three positions."""
     if not x.shape[2]:
         return False
     rows = x[:, :, [0, x.shape[2] // 2, x.shape[2] - 1]].unflatten(1, (-1, groups))

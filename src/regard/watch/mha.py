@@ -25,6 +25,7 @@ class Relay:
         self.busy = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention: through the seams, then `bottom`."""
         # other threads, and handlers that compute attention themselves, get the plain function
         if self.busy or threading.get_ident() != self.thread:
             return self.plain(*args, **kwargs)
@@ -53,7 +54,7 @@ class Relay:
             return
         relay = Relay(bottom or before, before.plain if isinstance(before, Relay) else before)
         relay.catches.append(catch)
-        F.scaled_dot_product_attention = relay  # type: ignore[assignment]
+        F.scaled_dot_product_attention = relay
         try:
             yield
         finally:
@@ -79,6 +80,7 @@ class WeightedAttention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        """Attention over `[batch, heads, length, width]`, with the arguments of the fused function."""
         batch, heads, q_len, width = q.shape
         factor = math.sqrt(1.0 / float(width)) if scale is None or scale == width**-0.5 else scale
         flat_q, flat_k, flat_v = (x.reshape(batch * heads, *x.shape[2:]) for x in (q * factor, k, v))
@@ -122,9 +124,9 @@ class WeightedAttention:
             own = [self.runs[0][1]]
         if not own:
             raise error(
-                f"layer {self.layer!r} also returns its weights (need_weights=True, the default), and the handler's answer "
-                f"comes from {len(self.runs)} runs of the call, so no weights belong to it; call nn.MultiheadAttention with "
-                "need_weights=False"
+                f"layer {self.layer!r} also returns its weights (need_weights=True, the default), and the handler's "
+                f"answer comes from {len(self.runs)} runs of the call, so no weights belong to it; call "
+                "nn.MultiheadAttention with need_weights=False"
             )
         weights = own[-1].mean(dim=1) if average else own[-1]
         return weights if batched else weights.squeeze(0)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-_OLD_PROCESSORS = ("Sliced", "XFormers", "NPU", "XLA")
+# diffusers' attention processors that do not call scaled_dot_product_attention
+_OLD_PROCESSORS = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor")
+_OLD_PARTS = ("Sliced", "XFormers", "NPU", "XLA")
 
 
 def refusals(model: nn.Module, edits: bool) -> Iterator[str]:
@@ -20,9 +22,8 @@ def refusals(model: nn.Module, edits: bool) -> Iterator[str]:
     unfused = [name for name, m in modules if getattr(m, "fused_attn", None) is False]
     if unfused:
         yield (
-            f"{_names(unfused)} compute attention by matrix products (fused_attn is False); set it with "
-            "`for m in model.modules(): m.fused_attn = True if hasattr(m, 'fused_attn') else None`, or build the model "
-            "after `timm.layers.set_fused_attn(True)`"
+            f"{_names(unfused)} compute attention by matrix products (fused_attn is False); set `fused_attn = True` on "
+            "these modules, or build the model after `timm.layers.set_fused_attn(True, True)`"
         )
     if edits:
         yield from _checkpointed(modules)
@@ -39,13 +40,19 @@ def _compiled(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
     for name, m in modules:
         where = repr(name) if name else "the model"
         if isinstance(m, OptimizedModule):
-            yield f"{where} is compiled (torch.compile), and compiled code calls no hooks; pass the module it was made from, `model._orig_mod`, and run that"
+            yield (
+                f"{where} is compiled (torch.compile), and compiled code runs past the seam; give the module it was "
+                "made from, `model._orig_mod`, and run that"
+            )
         elif getattr(m, "_compiled_call_impl", None) is not None:
-            yield f"{where} ({type(m).__name__}) was compiled in place; undo it with `module._compiled_call_impl = None`, or watch it before `module.compile()`"
+            yield (
+                f"{where} ({type(m).__name__}) was compiled in place; undo it with "
+                "`module._compiled_call_impl = None`, or watch it before `module.compile()`"
+            )
         elif hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable"):
             yield f"{where} ({type(m).__name__}) has a compiled forward; undo it with `del module.forward`"
         elif isinstance(m, torch.jit.ScriptModule):
-            yield f"{where} is TorchScript, whose attention does not pass through Python; watch the module it was scripted from"
+            yield f"{where} is TorchScript, which runs past Python; watch the module it was scripted from"
 
 
 def _spread(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
@@ -55,11 +62,14 @@ def _spread(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
         where = repr(name) if name else "the model"
         kinds = {c.__name__ for c in type(m).__mro__}
         if "DataParallel" in kinds:
-            yield f"{where} is nn.DataParallel, which runs copies in other threads; pass `model.module`, and one process a GPU for more"
+            yield f"{where} is nn.DataParallel, which runs copies in other threads; give `model.module`"
         elif kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             yield f"{where} is fully sharded; watch an unsharded copy, one process a GPU"
         elif any(isinstance(p, DTensor) for p in m._parameters.values()):
-            yield f"{where} ({type(m).__name__}) has sharded parameters (DTensor), so each process sees only its own heads; watch an unsharded copy"
+            yield (
+                f"{where} ({type(m).__name__}) has sharded parameters (DTensor), so each process sees only its own "
+                "heads; watch an unsharded copy"
+            )
 
 
 def _transformers(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
@@ -88,30 +98,40 @@ def _unseen(implementation: str) -> bool:
 
 
 def _diffusers(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
+    old: dict[str, list[str]] = {}
+    other: dict[str, list[str]] = {}
     for name, m in modules:
         processor = getattr(m, "processor", None)
         if processor is None or not type(processor).__module__.startswith("diffusers"):
             continue
         kind = type(processor).__name__
-        fix = "call `model.set_attn_processor(AttnProcessor2_0())` (diffusers.models.attention_processor)"
-        if kind in (
-            "AttnProcessor",
-            "AttnAddedKVProcessor",
-            "CustomDiffusionAttnProcessor",
-            "IPAdapterAttnProcessor",
-        ) or any(old in kind for old in _OLD_PROCESSORS):
-            yield f"{name!r} runs attention by diffusers' {kind}, which the seam does not see; {fix}"
+        if kind in _OLD_PROCESSORS or any(part in kind for part in _OLD_PARTS):
+            old.setdefault(kind, []).append(name)
         backend = getattr(processor, "_attention_backend", None)
-        if backend is not None and "native" not in str(getattr(backend, "value", backend)).lower():
-            yield f'{name!r} runs attention by diffusers\' backend {backend}; call `model.set_attention_backend("native")`'
+        backend_name = str(getattr(backend, "value", backend))
+        if backend is not None and "native" not in backend_name.lower():
+            other.setdefault(backend_name, []).append(name)
+    for kind, names in old.items():
+        yield (
+            f"{_names(names)} run attention by diffusers' {kind}, which the seam does not see; call "
+            "`model.set_attn_processor(AttnProcessor2_0())` (diffusers.models.attention_processor)"
+        )
+    for backend_name, names in other.items():
+        yield (
+            f"{_names(names)} run attention by diffusers' backend {backend_name!r}, which the seam does not see; call "
+            '`model.set_attention_backend("native")`'
+        )
 
 
 def _checkpointed(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
-    for name, m in modules:
-        if getattr(m, "gradient_checkpointing", False) is True or getattr(m, "grad_checkpointing", False) is True:
-            yield (
-                f"{name or 'the model'} ({type(m).__name__}) has gradient checkpointing on: the recomputed forward does not pass "
-                "through the seam, so an edit would be missing from it and gradients would be wrong; call "
-                "`model.gradient_checkpointing_disable()` (timm: `model.set_grad_checkpointing(False)`)"
-            )
-            return
+    names = [
+        name
+        for name, m in modules
+        if getattr(m, "gradient_checkpointing", False) is True or getattr(m, "grad_checkpointing", False) is True
+    ]
+    if names:
+        yield (
+            f"{_names(names)} have gradient checkpointing on: the recomputed forward does not pass through the seam, so an "
+            "edit would be missing from it and gradients would be wrong; call `model.gradient_checkpointing_disable()` "
+            "(timm: `model.set_grad_checkpointing(False)`)"
+        )

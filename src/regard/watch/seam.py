@@ -7,8 +7,8 @@ operator in exported programs, and `F.multi_head_attention_forward`, which is wh
 `nn.TransformerEncoder` and `nn.Transformer` use. Under a handler those modules take their ordinary path, not the fused
 "fast path" of evaluation: outputs agree to rounding, and padded positions hold values instead of zeros.
 
-What is refused by name: see `regard.watch.refuse`; FlexAttention and direct calls of `torch.ops.aten._scaled_dot_*` when
-they happen. What cannot be known: attention written as matrix products by hand (modules whose name says attention
+What is refused by name: see `regard.watch.refuse`; FlexAttention and direct calls of `torch.ops.aten._scaled_dot_*`
+when they happen. What cannot be known: attention written as matrix products by hand (modules whose name says attention
 and that made no call are named in a warning), and kernels of other packages called directly (flash_attn, xformers).
 """
 
@@ -152,9 +152,9 @@ class Seam(TorchFunctionMode):
             return
         if not self._callers:
             raise SeamError(
-                f"{kind} ran and made no scaled_dot_product_attention call, so nothing of its attention was seen. Likely "
-                "causes: it computes attention by matrix products or by a kernel of another package (use its option "
-                "for scaled_dot_product_attention), it has no attention, or it was compiled after the seam opened"
+                f"{kind} ran and made no scaled_dot_product_attention call, so nothing of its attention was seen. "
+                "Likely causes: it computes attention by matrix products or by a kernel of another package (use its "
+                "option for scaled_dot_product_attention), or it has no attention"
             )
         silent = [
             name
@@ -185,8 +185,8 @@ class Seam(TorchFunctionMode):
             return
         if threading.get_ident() != self._thread:
             raise SeamError(
-                f"{type(self.model).__name__} runs in another thread than the one that opened the seam, where its attention "
-                "cannot be caught; open the seam inside that thread"
+                f"{type(self.model).__name__} runs in another thread than the one that opened the seam, where its "
+                "attention cannot be caught; open the seam inside that thread"
             )
         top = frame.module is self.model
         if top or not self._stack:
@@ -247,14 +247,9 @@ class Seam(TorchFunctionMode):
         return call.give(out)
 
     def _first_call(self, frame: Frame) -> None:
-        if torch.compiler.is_compiling():
-            raise SeamError(
-                f"layer {frame.name!r} is being compiled, and compiled code does not reach the seam; turn compilation off "
-                "(generate: `GenerationConfig(disable_compile=True)`)"
-            )
         self._callers.add(frame.name)
         self._made.update(f.name for f in self._stack)
-        if self.edits and _in_checkpoint():
+        if self.edits and self._state is not None and self._state.grad and _in_checkpoint():
             self._callers.discard(frame.name)
             raise SeamError(_RECOMPUTED.format(frame.name))
 
@@ -264,7 +259,7 @@ class Seam(TorchFunctionMode):
         q, k, v, mask, dropout, causal, scale, gqa = _arguments(*args, **kwargs)
         if q.is_nested or k.is_nested:
             raise SeamError(f"layer {frame.name!r} attends over nested tensors; accepted are padded ones")
-        layout = layout_of(q, k, v, mask, gqa, frame.module, state.batches(frame.module), self._trusted)
+        layout = layout_of(q, k, v, mask, gqa, frame, state.batches(frame.module), self._trusted)
         index = state.counts.get(frame.name, 0)
         state.counts[frame.name] = index + 1
         return Call(
@@ -305,8 +300,8 @@ class Seam(TorchFunctionMode):
 
 
 _RECOMPUTED = (
-    "layer {!r} runs under torch.utils.checkpoint: its recomputed forward does not pass through the seam, so an edit would "
-    "be missing from it and gradients would be wrong; turn checkpointing off, or run without gradients"
+    "layer {!r} runs under torch.utils.checkpoint: its recomputed forward does not pass through the seam, so an edit "
+    "would be missing from it and gradients would be wrong; turn checkpointing off, or run without gradients"
 )
 
 
