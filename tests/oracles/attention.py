@@ -13,12 +13,7 @@ def allowed_pairs(shape, mask=None, is_causal=False, pattern=None, q_start=None,
     if is_causal:
         allowed &= j <= i
     if pattern is not None:
-        allowed &= torch.tensor(
-            [
-                [bool(pattern.allows(torch.tensor(a), torch.tensor(b))) for b in range(kv_len)]
-                for a in range(start, start + q_len)
-            ]
-        ).reshape(q_len, kv_len)
+        allowed &= pattern.allows(i, j)
     if mask is not None:
         allowed &= mask if mask.dtype == torch.bool else mask > -1e30
     if valid is not None:

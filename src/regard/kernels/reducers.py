@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regard.kernels.tiles import Frame, Tile
+from regard.kernels.tiles import Frame, Reducer, Tile
 from regard.patterns.pattern import Pattern
 
 __all__ = [
@@ -28,16 +28,10 @@ __all__ = [
     "Top",
 ]
 
-Start = tuple[Callable[[Tile], None], Any]
+Start = tuple[Callable[[Tile], None], Callable[[], Any]]
 
 
-class _Base:
-    needs_entropy = False
-    all_heads = False
-    needs_shear = False
-
-
-class Lse(_Base):
+class Lse(Reducer):
     """``lse_i = log sum_j exp(s_ij)``: [b, h, q], -inf for rows without a key. Includes the sink if there is one."""
 
     def start(self, frame: Frame) -> Start:
@@ -47,10 +41,10 @@ class Lse(_Base):
         def add(tile: Tile) -> None:
             out[tile.units, tile.rows] = tile.lse
 
-        return add, frame.per_head(out)
+        return add, lambda: frame.per_head(out)
 
 
-class Entropy(_Base):
+class Entropy(Reducer):
     """``H_i = -sum_j P_ij log P_ij = lse_i - sum_j P_ij s_ij``, nats: [b, h, q]; 0 for rows without a key.
 
     From the scores of the tile, of keys less their mean, so that it holds under a bias, a softcap and with half
@@ -66,10 +60,10 @@ class Entropy(_Base):
         def add(tile: Tile) -> None:
             out[tile.units, tile.rows] = tile.entropy  # type: ignore[assignment]
 
-        return add, frame.per_head(out)
+        return add, lambda: frame.per_head(out)
 
 
-class Columns(_Base):
+class Columns(Reducer):
     """``sum_i w_ic P_ij`` for every key j and column c: [b, h, C, k].
 
     ``row_weights`` is [b or 1, q, C]. Indicator columns give block maps, group masses and received mass; a column that
@@ -117,17 +111,17 @@ class Columns(_Base):
             else:
                 out[tile.units, :, keys].index_add_(1, where, rows @ tile.weights)
 
-        return add, frame.per_head(out)
+        return add, lambda: frame.per_head(out)
 
 
-class Offsets(_Base):
+class Offsets(Reducer):
     """``sum_i P[i, i - o]`` for each offset ``lo <= o < hi``: [b, h, hi - lo], i and j on the key axis.
 
     Negative offsets are later keys. A tile's weights are read along their diagonals through a stride one longer than
     the row, so every offset costs one read of the tile, whatever their number.
     """
 
-    needs_shear = True
+    needs_diagonals = True
 
     def __init__(self, lo: int, hi: int) -> None:
         if lo > hi:
@@ -165,23 +159,10 @@ class Offsets(_Base):
             else:
                 out[tile.units, x0 + c0 : x0 + c1] += diagonals.sum(1)
 
-        return _Flipped(add, out), frame.per_head(out)
+        return add, lambda: frame.per_head(out.flip(-1))
 
 
-class _Flipped:
-    """Turns the kept order round once, when the pass is over."""
-
-    def __init__(self, add: Callable[[Tile], None], out: Tensor) -> None:
-        self.add, self.out = add, out
-
-    def __call__(self, tile: Tile) -> None:
-        self.add(tile)
-
-    def finish(self) -> None:
-        self.out.copy_(self.out.flip(-1))
-
-
-class Features(_Base):
+class Features(Reducer):
     """``E_i = sum_j P_ij f_j`` for features of the key: [b, h, q, F]; ``features`` is [k, F]."""
 
     def __init__(self, features: Float[Tensor, "kv_len features"]) -> None:
@@ -197,10 +178,10 @@ class Features(_Base):
         def add(tile: Tile) -> None:
             out[tile.units, tile.rows] = tile.weights @ f[tile.lo : tile.hi]
 
-        return add, frame.per_head(out)
+        return add, lambda: frame.per_head(out)
 
 
-class Top(_Base):
+class Top(Reducer):
     """The largest weight of each row and its key: (weight [b, h, q], index [b, h, q]); 0.0 and -1 without a key.
 
     Among equal weights the index is one of them.
@@ -216,7 +197,7 @@ class Top(_Base):
             found = _argmax(tile.weights, tile.top) + tile.lo
             index[tile.units, tile.rows] = found.masked_fill(tile.top == 0, -1)
 
-        return add, (frame.per_head(weight), frame.per_head(index))
+        return add, lambda: (frame.per_head(weight), frame.per_head(index))
 
 
 def _argmax(weights: Tensor, top: Tensor, block: int = 64) -> Tensor:
@@ -235,7 +216,7 @@ def _argmax(weights: Tensor, top: Tensor, block: int = 64) -> Tensor:
     return found
 
 
-class Squares(_Base):
+class Squares(Reducer):
     """``sum_j P_ij^2``, the inverse of the number of keys that share the mass: [b, h, q]."""
 
     def start(self, frame: Frame) -> Start:
@@ -245,10 +226,10 @@ class Squares(_Base):
         def add(tile: Tile) -> None:
             out[tile.units, tile.rows] = torch.linalg.vector_norm(tile.weights, dim=-1).square_()
 
-        return add, frame.per_head(out)
+        return add, lambda: frame.per_head(out)
 
 
-class PatternMass(_Base):
+class PatternMass(Reducer):
     """``sum_{j : pattern allows (i, j)} P_ij`` for each pattern: [b, h, q, n].
 
     For windows and sinks alone `Offsets` and `Columns` give the sums over rows at less cost.
@@ -269,10 +250,10 @@ class PatternMass(_Base):
                 meets = pattern.allows(i, j, unit % frame.heads, unit // frame.heads)
                 out[tile.units, tile.rows, n] = (tile.weights * meets).sum(-1)
 
-        return add, frame.per_head(out)
+        return add, lambda: frame.per_head(out)
 
 
-class Pairs(_Base):
+class Pairs(Reducer):
     """``sum_{j in rel(i)} P_ij`` for a relation between positions: [b, h, q].
 
     ``relation`` is a bool mask broadcastable to [b, q, k], or a tuple of index tensors ``(q_idx, kv_idx)`` or
@@ -333,10 +314,10 @@ class Pairs(_Base):
                 r = row[mine]
                 out[unit, tile.rows].index_add_(0, r, tile.weights[unit - tile.units.start, r, key[mine]])
 
-        return add, frame.per_head(out)
+        return add, lambda: frame.per_head(out)
 
 
-class Gram(_Base):
+class Gram(Reducer):
     """``sum_ij P^h_ij P^g_ij`` for every two heads of a sample: [b, h, h]."""
 
     all_heads = True
@@ -350,4 +331,4 @@ class Gram(_Base):
             b0 = tile.units.start // frame.heads
             out[b0 : b0 + len(flat)] += flat @ flat.transpose(1, 2)
 
-        return add, out
+        return add, lambda: out

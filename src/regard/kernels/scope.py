@@ -142,6 +142,27 @@ class Scope:
             scores.add_(self._piece(self.bias, units, rows, keys)).clamp_(min=NOTHING)
         self._forbid(scores, units, rows, keys)
 
+    def forbid_pairs(self, scores: Tensor, rows: Tensor, keys: Tensor) -> None:
+        """The same for scores of a list of pairs, ``[batch * heads, pairs]``; rows count from 0."""
+        shaped = scores.view(self.batch, self.heads, -1)
+        for mask in (self.bias, self.allowed):
+            if mask is not None:
+                r, c = (i if n > 1 else torch.zeros_like(i) for i, n in zip((rows, keys), mask.shape[2:], strict=True))
+                part = mask[:, :, r, c]
+                if mask is self.bias:
+                    shaped.add_(part).clamp_(min=NOTHING)
+                else:
+                    shaped.masked_fill_(~part, NOTHING)
+        queries = rows + self.start
+        if self.causal:
+            shaped.masked_fill_(keys > queries, NOTHING)
+        if self.pattern is not None:
+            head = torch.arange(self.heads, device=self.device)[:, None]
+            batch = torch.arange(self.batch, device=self.device)[:, None, None]
+            shaped.masked_fill_(~self.pattern.allows(queries, keys, head, batch), NOTHING)
+        if self.invalid is not None:
+            shaped.masked_fill_(self.invalid[:, None, rows], NOTHING)
+
     def _forbid(self, scores: Tensor, units: tuple[int, int], rows: tuple[int, int], keys: slice | Tensor) -> None:
         i = torch.arange(rows[0] + self.start, rows[1] + self.start, device=self.device)[:, None]
         j = torch.arange(keys.start, keys.stop, device=self.device) if isinstance(keys, slice) else keys

@@ -8,9 +8,10 @@ Time O(q_len * kv_len * head_dim), halved for causal calls and O(q_len * window)
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -61,15 +62,16 @@ class Tile:
     entropy: Tensor | None  # [units, rows], if a reducer needs it
 
 
-class Reducer(Protocol):
+class Reducer(ABC):
     """Turns tiles into a result. Objects hold their options only, so one may serve many passes."""
 
-    needs_entropy: bool
-    all_heads: bool  # wants every head of a sample in the same tile
-    needs_shear: bool
+    needs_entropy = False  # of each row, in Tile.entropy
+    needs_diagonals = False  # zeros past the end of each row of Tile.storage
+    all_heads = False  # every head of a sample in the same tile
 
-    def start(self, frame: Frame) -> tuple[Callable[[Tile], None], Any]:
-        """The function that takes each tile, and the result it fills."""
+    @abstractmethod
+    def start(self, frame: Frame) -> tuple[Callable[[Tile], None], Callable[[], Any]]:
+        """The function that takes each tile, and the one that gives the result after the last."""
 
 
 def check_qk(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -187,16 +189,16 @@ def _run(
     together = any(r.all_heads for r in reducers)
     tiles = _row_tiles(scope, tile, budget // heads if together and heads else budget)
     frame = Frame(batch, heads, q_len, kv_len, scope.start, tiles, work, q.device)
-    adds, results = [], []
+    adds, finishes = [], []
     for reducer in reducers:
-        add, result = reducer.start(frame)
+        add, finish = reducer.start(frame)
         adds.append(add)
-        results.append(result)
+        finishes.append(finish)
     if units == 0 or q_len == 0 or kv_len == 0:
-        return results
+        return [finish() for finish in finishes]
 
-    q_all = (q.detach().to(work) * scale).reshape(units, q_len, dim)
-    k_all = k.detach().to(work).reshape(batch * kv_heads, kv_len, dim)
+    q_all = torch.empty(q.shape, dtype=work, device=q.device).copy_(q).mul_(scale).view(units, q_len, dim)
+    k_all = torch.empty(k.shape, dtype=work, device=q.device).copy_(k).view(batch * kv_heads, kv_len, dim)
     shift = None
     if softcap is None:
         # Keys less their mean: the same weights (a constant a row), smaller scores, less rounding.
@@ -207,7 +209,7 @@ def _run(
 
     spans = scope.spans(tiles)
     want_entropy = any(r.needs_entropy for r in reducers)
-    want_shear = any(r.needs_shear for r in reducers)
+    want_room = any(r.needs_diagonals for r in reducers)
     most_rows = max(i1 - i0 for i0, i1 in tiles)
     # Several units a tile when rows are short: as many as fit, whole groups (or samples) at a time.
     step = heads if together else group
@@ -231,7 +233,7 @@ def _run(
             count, rows, width = u1 - u0, i1 - i0, span.hi - span.lo
             # A causal tile has zeros past each row's end already; others get room for the shear.
             natural = scope.causal and span.hi == i1 + scope.start and width >= rows
-            pad = 0 if natural or not want_shear else rows
+            pad = 0 if natural or not want_room else rows
             shape = (count, rows, width + pad)
             storage = score_buffer[: math.prod(shape)].view(shape)
             scores = storage[..., :width]
@@ -299,7 +301,4 @@ def _run(
             )
             for add in adds:
                 add(piece)
-    for add in adds:
-        if hasattr(add, "finish"):
-            add.finish()
-    return results
+    return [finish() for finish in finishes]
