@@ -45,13 +45,13 @@ def offset_profile(atlas: Atlas) -> xr.DataArray:
 @measure("template_recall", formula="mean_i sum_{j in template(i)} P_ij", range=(0, 1))
 def template_recall(atlas: Atlas, template: str | None = None) -> xr.DataArray:
     """Mean mass that a template keeps, [layer, head, template], or [layer, head] for one template."""
-    return _one(ratio(atlas.need("template"), atlas.need("rows")), "template", template)
+    return _one(ratio(atlas.need("template_mass"), atlas.need("rows")), "template", template)
 
 
 @measure("template_lift", formula="template mass / its mass under uniform weights", range=(0, INF))
 def template_lift(atlas: Atlas, template: str | None = None) -> xr.DataArray:
     """How many times more mass a template keeps than chance, [layer, head, template]."""
-    return _one(ratio(atlas.need("template"), atlas.need("template_density")), "template", template)
+    return _one(ratio(atlas.need("template_mass"), atlas.need("template_density")), "template", template)
 
 
 @measure("template_share", formula="mean_i (allowed keys in template(i)) / n_i", range=(0, 1))

@@ -28,7 +28,8 @@ class Measure:
             raise AtlasError(f"atlas: {self.name} takes a regard.Atlas, got {type(atlas).__name__}")
         result = self.function(atlas, **options).rename(self.name)
         facts = {"units": self.units, "formula": self.formula, "range": list(self.range), "paper": self.paper}
-        return result.assign_attrs({k: v for k, v in facts.items() if v})
+        result.attrs = {k: v for k, v in facts.items() if v}
+        return result
 
 
 _REGISTRY: dict[str, Measure] = {}

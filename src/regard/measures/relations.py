@@ -14,7 +14,7 @@ CLARK = "What Does BERT Look At? (Clark et al. 2019); Voita et al. 2019"
 
 
 def _relation(atlas: Atlas, name: str, of: str) -> xr.DataArray:
-    mass = atlas.need("relation")
+    mass = atlas.need("relation_mass")
     known = mass["relation"].values.tolist()
     if name not in known:
         raise AtlasError(f"relation: no {name!r} in this atlas; there are {', '.join(known)}")

@@ -67,7 +67,7 @@ def diagonals(atlas: Atlas) -> dict[str, xr.DataArray]:
     Otherwise the lag is the first peak of the autocorrelation of `near`, the width max(1, lag // 8), the recall
     a lower bound (near offsets only) and the density (2 width + 1) / lag.
     """
-    template = atlas.need("template")
+    template = atlas.need("template_mass")
     if "diagonals" in template["template"].values:
         recall = distance.template_recall(atlas, template="diagonals")
         main = ratio(distance.template_recall(atlas, template="diagonals m=0"), recall)
@@ -75,25 +75,24 @@ def diagonals(atlas: Atlas) -> dict[str, xr.DataArray]:
         return {"recall": recall, "main": main, "lift": ratio(recall, density), "density": density}
     near, rows = atlas.need("near"), atlas.need("rows")
     offsets = near["offset"].values
-    found = {k: xr.full_like(rows, np.nan) for k in ("recall", "main", "lift", "density", "lag")}
+    found = {k: np.full(rows.shape, np.nan) for k in ("recall", "main", "lift", "density", "lag")}
     for at in np.ndindex(*rows.shape):
-        profile, n = near.values[at], rows.values[at]
+        profile, n = near.values[at], float(rows.values[at])
         if not np.isfinite(profile).all() or not n:
             continue
         period = lag(profile[offsets >= 0])
         if period is None:
-            for name in ("recall", "lift"):
-                found[name].values[at] = 0.0
+            found["recall"][at] = found["lift"][at] = 0.0
             continue
         width = max(1, period // 8)
         on = np.abs((offsets + period // 2) % period - period // 2) <= width
-        recall = float(profile[on].sum() / n)
-        density = min(1.0, (2 * width + 1) / period)
-        main = float(profile[np.abs(offsets) <= width].sum() / n) / recall if recall else np.nan
-        numbers = {"recall": recall, "main": main, "lift": recall / density, "density": density, "lag": period}
-        for name, number in numbers.items():
-            found[name].values[at] = number
-    return found
+        mass = float(profile[on].sum() / n)
+        share = min(1.0, (2 * width + 1) / period)
+        own = float(profile[np.abs(offsets) <= width].sum() / n)
+        numbers = (mass, own / mass if mass else np.nan, mass / share, share, float(period))
+        for name, number in zip(("recall", "main", "lift", "density", "lag"), numbers, strict=True):
+            found[name][at] = number
+    return {name: rows.copy(data=values) for name, values in found.items()}
 
 
 def _diagonals(name: str) -> Callable[[Atlas], xr.DataArray]:

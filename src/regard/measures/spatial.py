@@ -19,4 +19,4 @@ def ring_strength(atlas: Atlas, per_patch: bool = False) -> xr.DataArray:
 
     Keys outside the grid (a class token) are in no ring, so the rings sum to 1 less their mass.
     """
-    return ratio(atlas.need("ring"), atlas.need("ring_patches" if per_patch else "ring_rows"))
+    return ratio(atlas.need("ring_mass"), atlas.need("ring_patches" if per_patch else "ring_rows"))

@@ -23,6 +23,7 @@ Coordinates on `layer`: `heads` (int), `kind` ("self" or "cross"), `layer_index`
 `causal` (bool).
 Cross-attention layers have NaN in everything that compares a query's position with a key's.
 
+A variable may not be called like a dimension, hence `relation_mass`, `template_mass`, `ring_mass`.
 Variables, their dimensions, units and merge rules: the table in `regard.watch.variables` (`VARIABLES`). All sums are
 float64; per-sample arrays are float32. A variable is present only if it was asked for; `atlas.need(name)` says how.
 

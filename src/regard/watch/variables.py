@@ -62,12 +62,12 @@ VARIABLES: dict[str, Variable] = {
     "stripe": Variable(LH, SUM, "mass", "odd rows' mass on the 5% of keys that even rows favour, first key left out"),
     "stripe_rows": Variable(LH, SUM, "rows", "odd rows"),
     "stripe_density": Variable(LH, SUM, "rows", "odd rows' mass on the same keys if the weights were uniform"),
-    "relation": Variable((*LH, "relation"), SUM, "mass", "mass on the keys related to the row"),
+    "relation_mass": Variable((*LH, "relation"), SUM, "mass", "mass on the keys related to the row"),
     "relation_rows": Variable((*LH, "relation"), SUM, "rows", "rows with at least one related key"),
     "relation_chance": Variable((*LH, "relation"), SUM, "rows", "the same mass if the weights were uniform"),
-    "template": Variable((*LH, "template"), SUM, "mass", "mass that the template keeps"),
+    "template_mass": Variable((*LH, "template"), SUM, "mass", "mass that the template keeps"),
     "template_density": Variable((*LH, "template"), SUM, "rows", "the same mass if the weights were uniform"),
-    "ring": Variable((*LH, "ring"), SUM, "mass", "mass from patches to patches at a Chebyshev distance"),
+    "ring_mass": Variable((*LH, "ring"), SUM, "mass", "mass from patches to patches at a Chebyshev distance"),
     "ring_patches": Variable(("layer", "ring"), SUM, "patches", "sum over patch rows of the patches at that distance"),
     "ring_rows": Variable(LH, SUM, "rows", "patch rows counted"),
     "top1_weight": Variable(LH, SUM, "mass", "sum over rows of the largest weight"),
@@ -117,13 +117,13 @@ STATISTICS: dict[str, tuple[str, ...]] = {
     "kurtosis": ("received_kurtosis", "received_samples"),
     "blocks": ("blocks", "rows_at"),
     "stripe": ("stripe", "stripe_rows", "stripe_density"),
-    "relation": ("relation", "relation_rows", "relation_chance"),
-    "template": ("template", "template_density"),
+    "relation": ("relation_mass", "relation_rows", "relation_chance"),
+    "template": ("template_mass", "template_density"),
     "group_max": ("group_max",),
     "top1": ("top1_weight", "top1_offset"),
     "sq": ("sq",),
     "head_gram": ("head_gram",),
-    "ring": ("ring", "ring_patches", "ring_rows"),
+    "ring": ("ring_mass", "ring_patches", "ring_rows"),
 }
 LIGHT = ("entropy", "distance", "group", "received")
 DEFAULT = (*LIGHT, "near", "window", "kurtosis", "blocks", "stripe", "relation", "template", "top1")
@@ -143,7 +143,7 @@ STREAM_VARIABLES = (*(name for name, v in VARIABLES.items() if v.dims == STREAM)
 
 def how_to_ask(name: str) -> str:
     """The argument of `regard.watch` that makes the atlas hold a variable."""
-    if name == "ring":
+    if name == "ring_mass":
         return "grid=(height, width)"
     for statistic, names in STATISTICS.items():
         if name in names:
