@@ -15,10 +15,7 @@ from regard.watch.context import Forward, Frame
 from regard.watch.layout import Layout
 from regard.watch.padding import key_mask, row_mask, survey
 from regard.watch.positions import Positions, kind_of, locate
-
-
-class SeamError(RuntimeError):
-    """Attention that cannot be caught, or a handler's answer that cannot be used; the message says what to do."""
+from regard.watch.refuse import SeamError
 
 
 class _Keep:

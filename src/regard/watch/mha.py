@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.watch.refuse import SeamError
+
 Catch = Callable[[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], Tensor]
 
 
@@ -114,7 +116,7 @@ class WeightedAttention:
 
         return noting
 
-    def weights_for(self, average: bool, batched: bool, error: type[Exception]) -> Tensor:
+    def weights_for(self, average: bool, batched: bool) -> Tensor:
         """The weights that belong to what was given back, as `F.multi_head_attention_forward` shapes them.
 
         They are those of the run whose output was given, or of the only run (its output was changed afterwards).
@@ -123,7 +125,7 @@ class WeightedAttention:
         if not own and len(self.runs) == 1:
             own = [self.runs[0][1]]
         if not own:
-            raise error(
+            raise SeamError(
                 f"layer {self.layer!r} also returns its weights (need_weights=True, the default), and the handler's "
                 f"answer comes from {len(self.runs)} runs of the call, so no weights belong to it; call "
                 "nn.MultiheadAttention with need_weights=False"

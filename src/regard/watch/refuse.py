@@ -12,6 +12,19 @@ _OLD_PROCESSORS = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttn
 _OLD_PARTS = ("Sliced", "XFormers", "NPU", "XLA")
 
 
+class SeamError(RuntimeError):
+    """Attention that cannot be caught, or a handler's answer that cannot be used; the message says what to do."""
+
+
+def require_module(model: object) -> nn.Module:
+    """`model` if it is a module, else an error."""
+    if not isinstance(model, nn.Module):
+        raise SeamError(
+            f"model is {type(model).__name__}; accepted is a torch.nn.Module (of a pipeline, the model inside it)"
+        )
+    return model
+
+
 def refusals(model: nn.Module, edits: bool) -> Iterator[str]:
     """Reasons why some attention of `model` would pass the seam unseen."""
     modules = list(model.named_modules())
@@ -131,7 +144,7 @@ def _checkpointed(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
     ]
     if names:
         yield (
-            f"{_names(names)} have gradient checkpointing on: the recomputed forward does not pass through the seam, so an "
-            "edit would be missing from it and gradients would be wrong; call `model.gradient_checkpointing_disable()` "
-            "(timm: `model.set_grad_checkpointing(False)`)"
+            f"{_names(names)} have gradient checkpointing on: the recomputed forward does not pass through the seam, "
+            "so an edit would be missing from it and gradients would be wrong; call "
+            "`model.gradient_checkpointing_disable()` (timm: `model.set_grad_checkpointing(False)`)"
         )

@@ -29,11 +29,11 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from regard.watch.call import Call, SeamError
+from regard.watch.call import Call
 from regard.watch.context import Forward, Frame, parameter_names
 from regard.watch.layout import layout_of
 from regard.watch.mha import Relay, WeightedAttention
-from regard.watch.refuse import refusals
+from regard.watch.refuse import SeamError, refusals, require_module
 
 __all__ = ["Call", "Handler", "Seam", "SeamError", "SeamWarning"]
 
@@ -55,8 +55,9 @@ class Seam(TorchFunctionMode):
     Args:
         model: any `nn.Module`; calls made outside its modules pass untouched.
         handler: gets each `Call` and returns what the call shall give (`[batch, heads, q_len, v_dim]`), or None to
-            leave it as it was. It runs with the seam off, so it may compute attention itself. Without a handler the
-            seam does nothing at all.
+            leave it as it was. It runs with the seam off, so it may compute attention itself (one that only looks does
+            so under `torch.no_grad()`, or what it computes is kept for the backward pass). Without a handler the seam
+            does nothing at all.
         edits: the handler changes what the model computes. Gradient checkpointing is then refused, as the recomputed
             forward does not reach the seam.
 
@@ -70,11 +71,7 @@ class Seam(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, handler: Handler | None = None, *, edits: bool = False):
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise SeamError(
-                f"model is {type(model).__name__}; accepted is a torch.nn.Module (of a pipeline, its model)"
-            )
-        self.model, self.handler, self.edits = model, handler, edits
+        self.model, self.handler, self.edits = require_module(model), handler, edits
         self._hooks: list[RemovableHandle] = []
         self._reset()
 
@@ -122,6 +119,11 @@ class Seam(TorchFunctionMode):
             self._stack, self._state = [], None
         if exc_type is None:
             self._check_seen()
+        elif exc_type is not SeamError:
+            # raised while torch.compile was tracing (FlexAttention compiles itself), and wrapped by it
+            inner = re.search(r'SeamError\("(.+?)"\)', str(exc_value))
+            if inner:
+                raise SeamError(inner[1]) from exc_value
 
     def _attach(self, name: str, module: nn.Module) -> None:
         params = parameter_names(module)
@@ -296,7 +298,7 @@ class Seam(TorchFunctionMode):
         attention = WeightedAttention(self._stack[-1].name)
         with Relay.of(attention.watched(self._catch), attention):
             out, _ = _MHA(*bound.args, **bound.kwargs)
-        return out, attention.weights_for(given["average_attn_weights"], given["query"].dim() == 3, SeamError)
+        return out, attention.weights_for(given["average_attn_weights"], given["query"].dim() == 3)
 
 
 _RECOMPUTED = (
