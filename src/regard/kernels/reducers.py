@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regard.kernels.tiles import Frame, Reducer, Tile
+from regard.kernels.tiles import Add, Frame, Reducer, Tile
 from regard.patterns.pattern import Pattern
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "Top",
 ]
 
-Start = tuple[Callable[[Tile], None], Callable[[], Any]]
+Start = tuple[Add | None, Callable[[], Any]]
 
 
 class Lse(Reducer):
@@ -36,12 +36,7 @@ class Lse(Reducer):
 
     def start(self, frame: Frame) -> Start:
         """See `Reducer`."""
-        out = frame.zeros(frame.q_len).fill_(-torch.inf)
-
-        def add(tile: Tile) -> None:
-            out[tile.units, tile.rows] = tile.lse
-
-        return add, lambda: frame.per_head(out)
+        return None, lambda: frame.per_head(frame.lse)
 
 
 class Entropy(Reducer):
@@ -55,12 +50,7 @@ class Entropy(Reducer):
 
     def start(self, frame: Frame) -> Start:
         """See `Reducer`."""
-        out = frame.zeros(frame.q_len)
-
-        def add(tile: Tile) -> None:
-            out[tile.units, tile.rows] = tile.entropy  # type: ignore[assignment]
-
-        return add, lambda: frame.per_head(out)
+        return None, lambda: frame.per_head(frame.entropy)
 
 
 class Columns(Reducer):
@@ -87,31 +77,31 @@ class Columns(Reducer):
         for i0, i1 in frame.tiles:
             part = w[:, i0:i1]
             used = part.ne(0).flatten(0, 1).any(0).nonzero().flatten()
-            first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
-            together = last - first == len(used)  # neighbours can be added in place
-            where: slice | Tensor = slice(first, last) if together else used
-            pieces.append((where, len(used), part[:, :, used].transpose(1, 2).contiguous()))
+            pieces.append((_runs(used.tolist()), part[:, :, used].transpose(1, 2).contiguous()))
 
         def add(tile: Tile) -> None:
-            where, count, part = pieces[tile.n]
-            if count == 0:
+            runs, part = pieces[tile.n]
+            if not runs:
                 return
-            keys, units = slice(tile.lo, tile.hi), tile.units.stop - tile.units.start
-            if units == 1:
-                sample = tile.units.start // frame.heads if len(part) > 1 else 0
-                if isinstance(where, slice):
-                    out[tile.units.start, where, keys].addmm_(part[sample], tile.weights[0])
-                else:
-                    out[tile.units.start, where, keys] += part[sample] @ tile.weights[0]
+            if tile.count == 1:
+                sums = part[tile.unit // frame.heads if len(part) > 1 else 0] @ tile.weights[0]
+                into = out[tile.unit, :, tile.lo : tile.hi]
+                for first, last, at in runs:
+                    into[first:last].add_(sums[at : at + last - first])
                 return
-            sample = torch.arange(tile.units.start, tile.units.stop, device=frame.device) // frame.heads
-            rows = part[sample] if len(part) > 1 else part.expand(units, -1, -1)
-            if isinstance(where, slice):
-                out[tile.units, where, keys] += rows @ tile.weights
-            else:
-                out[tile.units, :, keys].index_add_(1, where, rows @ tile.weights)
+            sample = torch.arange(tile.unit, tile.unit + tile.count, device=frame.device) // frame.heads
+            rows = part[sample] if len(part) > 1 else part.expand(tile.count, -1, -1)
+            sums = rows @ tile.weights
+            for first, last, at in runs:
+                out[tile.units, first:last, tile.lo : tile.hi].add_(sums[:, at : at + last - first])
 
         return add, lambda: frame.per_head(out)
+
+
+def _runs(used: list[int]) -> list[tuple[int, int, int]]:
+    """Stretches of neighbouring numbers in a sorted list: (first, last + 1, where in the list it starts)."""
+    starts = [n for n, x in enumerate(used) if n == 0 or x != used[n - 1] + 1]
+    return [(used[a], used[b - 1] + 1, a) for a, b in zip(starts, [*starts[1:], len(used)], strict=True)]
 
 
 class Offsets(Reducer):
@@ -133,6 +123,7 @@ class Offsets(Reducer):
         # Kept by ascending key, that is by descending offset: column x is offset hi - 1 - x.
         out = frame.zeros(self.hi - self.lo)
         lo, hi = self.lo, self.hi
+        ones = torch.ones(1, max((i1 - i0 for i0, i1 in frame.tiles), default=0), dtype=out.dtype, device=out.device)
 
         def add(tile: Tile) -> None:
             rows, width = tile.rows.stop - tile.rows.start, tile.storage.shape[2]
@@ -144,20 +135,18 @@ class Offsets(Reducer):
             if c0 >= c1:
                 return
             x0 = hi - 1 - base  # column c is kept at x0 + c
-            units = tile.units.stop - tile.units.start
             if c1 > 0:  # row 0 starts at its own beginning
                 f = max(c0, 0)
                 out[tile.units, x0 + f : x0 + c1] += tile.weights[:, 0, f:c1]
             if rows == 1:
                 return
             first = tile.storage.storage_offset() + width + 1 + c0  # row 1, sheared column c0
-            shape, stride = (units, rows - 1, c1 - c0), (rows * width, width + 1, 1)
+            shape, stride = (tile.count, rows - 1, c1 - c0), (rows * width, width + 1, 1)
             diagonals = torch.as_strided(tile.storage, shape, stride, first)
-            if units == 1:
-                ones = torch.ones(1, rows - 1, dtype=frame.dtype, device=frame.device)
-                out[tile.units, x0 + c0 : x0 + c1].addmm_(ones, diagonals[0])
+            if tile.count == 1:
+                out[tile.units, x0 + c0 : x0 + c1].add_(ones[:, : rows - 1] @ diagonals[0])
             else:
-                out[tile.units, x0 + c0 : x0 + c1] += diagonals.sum(1)
+                out[tile.units, x0 + c0 : x0 + c1].add_(diagonals.sum(1))
 
         return add, lambda: frame.per_head(out.flip(-1))
 
@@ -189,30 +178,29 @@ class Top(Reducer):
 
     def start(self, frame: Frame) -> Start:
         """See `Reducer`."""
-        weight = frame.zeros(frame.q_len)
-        index = torch.full(weight.shape, -1, dtype=torch.long, device=frame.device)
+        index = torch.zeros(frame.batch * frame.heads, frame.q_len, dtype=torch.long, device=frame.device)
 
         def add(tile: Tile) -> None:
-            weight[tile.units, tile.rows] = tile.top
-            found = _argmax(tile.weights, tile.top) + tile.lo
-            index[tile.units, tile.rows] = found.masked_fill(tile.top == 0, -1)
+            index[tile.units, tile.rows] = _argmax(tile.weights) + tile.lo
 
-        return add, lambda: (frame.per_head(weight), frame.per_head(index))
+        def finish() -> tuple[Tensor, Tensor]:
+            return frame.per_head(frame.top), frame.per_head(index.masked_fill(frame.top == 0, -1))
+
+        return add, finish
 
 
-def _argmax(weights: Tensor, top: Tensor, block: int = 64) -> Tensor:
-    """Index of ``top`` in each row: first the block that holds it, then within it. Much faster than argmax alone."""
+def _argmax(weights: Tensor, block: int = 64) -> Tensor:
+    """Index of the largest in each row: first the block that holds it, then within it. Much faster than argmax alone."""
     count = weights.shape[-1] // block
     if weights.device.type != "cpu" or count < 4:
         return weights.argmax(-1)
     head, tail = weights[..., : count * block], weights[..., count * block :]
-    blocks = head.unflatten(-1, (count, block)).amax(-1)
-    which = blocks.argmax(-1)
+    best, which = head.unflatten(-1, (count, block)).amax(-1).max(-1)
     at = which[..., None] * block + torch.arange(block, device=weights.device)
     found = which * block + weights.gather(-1, at).argmax(-1)
     if tail.shape[-1]:
-        here = blocks.amax(-1) == top
-        found = torch.where(here, found, tail.argmax(-1) + count * block)
+        last, where = tail.max(-1)
+        found = torch.where(last > best, where + count * block, found)
     return found
 
 
@@ -245,7 +233,7 @@ class PatternMass(Reducer):
         def add(tile: Tile) -> None:
             i = torch.arange(tile.rows.start, tile.rows.stop, device=frame.device)[:, None] + frame.start
             j = torch.arange(tile.lo, tile.hi, device=frame.device)[None]
-            unit = torch.arange(tile.units.start, tile.units.stop, device=frame.device)[:, None, None]
+            unit = torch.arange(tile.unit, tile.unit + tile.count, device=frame.device)[:, None, None]
             for n, pattern in enumerate(self.patterns):
                 meets = pattern.allows(i, j, unit % frame.heads, unit // frame.heads)
                 out[tile.units, tile.rows, n] = (tile.weights * meets).sum(-1)
@@ -309,10 +297,10 @@ class Pairs(Reducer):
                 out[tile.units, tile.rows].index_add_(1, row, tile.weights[:, row, key])
                 return
             sample = b[s][keep]
-            for unit in range(tile.units.start, tile.units.stop):
+            for unit in range(tile.unit, tile.unit + tile.count):
                 mine = sample == unit // frame.heads
                 r = row[mine]
-                out[unit, tile.rows].index_add_(0, r, tile.weights[unit - tile.units.start, r, key[mine]])
+                out[unit, tile.rows].index_add_(0, r, tile.weights[unit - tile.unit, r, key[mine]])
 
         return add, lambda: frame.per_head(out)
 
@@ -328,7 +316,7 @@ class Gram(Reducer):
 
         def add(tile: Tile) -> None:
             flat = tile.weights.reshape(-1, frame.heads, tile.weights[0].numel())
-            b0 = tile.units.start // frame.heads
+            b0 = tile.unit // frame.heads
             out[b0 : b0 + len(flat)] += flat @ flat.transpose(1, 2)
 
         return add, lambda: out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Scope:
     pattern: Pattern | None
     invalid: Tensor | None  # bool [b|1, q], True: the row counts for nothing
     device: torch.device
+    triangles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def may_be_empty(self) -> bool:
         """Whether some row may have no key (or is not valid)."""
@@ -164,15 +165,31 @@ class Scope:
             shaped.masked_fill_(self.invalid[:, None, rows], NOTHING)
 
     def _forbid(self, scores: Tensor, units: tuple[int, int], rows: tuple[int, int], keys: slice | Tensor) -> None:
+        if self.causal:
+            scores.masked_fill_(self._later(rows, keys), NOTHING)
+        if self.pattern is None and self.allowed is None:
+            return
         i = torch.arange(rows[0] + self.start, rows[1] + self.start, device=self.device)[:, None]
         j = torch.arange(keys.start, keys.stop, device=self.device) if isinstance(keys, slice) else keys
-        if self.causal:
-            scores.masked_fill_(j > i, NOTHING)
         if self.pattern is not None:
             unit = torch.arange(*units, device=self.device)[:, None, None]
             scores.masked_fill_(~self.pattern.allows(i, j[None], unit % self.heads, unit // self.heads), NOTHING)
         if self.allowed is not None:
             scores.masked_fill_(~self._piece(self.allowed, units, rows, keys), NOTHING)
+
+    def _later(self, rows: tuple[int, int], keys: slice | Tensor) -> Tensor:
+        """Bool [rows, keys]: the key comes after the query. Most tiles of a pass need the same few triangles."""
+        count, first = rows[1] - rows[0], rows[0] + self.start
+        if isinstance(keys, Tensor):
+            return keys > torch.arange(first, first + count, device=self.device)[:, None]
+        shape = (count, keys.stop - keys.start, keys.start - first)
+        found = self.triangles.get(shape)
+        if found is None:
+            if len(self.triangles) >= 8:
+                self.triangles.clear()
+            found = torch.ones(shape[:2], dtype=torch.bool, device=self.device).triu_(1 - shape[2])
+            self.triangles[shape] = found
+        return found
 
     def _piece(self, mask: Tensor, units: tuple[int, int], rows: tuple[int, int], keys: slice | Tensor) -> Tensor:
         """The mask for some units (flat batch * heads), rows and keys, broadcastable to ``[units, rows, keys]``."""

@@ -11,16 +11,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard.kernels.scope import NOTHING, Scope, make_scope
+from regard.kernels.scope import NOTHING, Scope, Span, make_scope
 from regard.patterns.pattern import Pattern
 
-__all__ = ["Frame", "Reducer", "Tile", "check_qk", "tile_pass"]
+__all__ = ["Add", "Frame", "Reducer", "Tile", "check_qk", "tile_pass"]
 
 
 @dataclass
@@ -35,6 +36,10 @@ class Frame:
     tiles: list[tuple[int, int]]
     dtype: torch.dtype
     device: torch.device
+    # Of each row, [units, q_len]; there after the last tile.
+    lse: Tensor  # -inf for rows without a key
+    top: Tensor  # largest weight
+    entropy: Tensor  # if a reducer needs it
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros ``[units, *shape]``."""
@@ -45,11 +50,13 @@ class Frame:
         return flat.view(self.batch, self.heads, *flat.shape[1:])
 
 
-@dataclass
+@dataclass(slots=True)
 class Tile:
-    """Weights of some units, of rows ``[i0, i1)`` over keys ``[lo, hi)``; every other weight of these rows is 0."""
+    """Weights of some units, of a tile of rows over keys ``[lo, hi)``; every other weight of these rows is 0."""
 
     n: int  # number of the row tile in Frame.tiles
+    unit: int  # first unit
+    count: int  # number of units
     units: slice
     rows: slice
     lo: int
@@ -57,21 +64,21 @@ class Tile:
     weights: Tensor  # [units, rows, hi - lo], a view of `storage`
     storage: Tensor  # [units, rows, width] contiguous, width >= hi - lo, zero past hi - lo
     causal: bool  # no weight past the diagonal, which is all the room a sheared read needs; otherwise rows are padded
-    lse: Tensor  # [units, rows], -inf for rows without a key
-    top: Tensor  # [units, rows] largest weight of the row
-    entropy: Tensor | None  # [units, rows], if a reducer needs it
+
+
+Add = Callable[[Tile], None]
 
 
 class Reducer(ABC):
     """Turns tiles into a result. Objects hold their options only, so one may serve many passes."""
 
-    needs_entropy = False  # of each row, in Tile.entropy
+    needs_entropy = False  # in Frame.entropy
     needs_diagonals = False  # zeros past the end of each row of Tile.storage
     all_heads = False  # every head of a sample in the same tile
 
     @abstractmethod
-    def start(self, frame: Frame) -> tuple[Callable[[Tile], None], Callable[[], Any]]:
-        """The function that takes each tile, and the one that gives the result after the last."""
+    def start(self, frame: Frame) -> tuple[Add | None, Callable[[], Any]]:
+        """The function that takes each tile (None: no need), and the one that gives the result after the last."""
 
 
 def check_qk(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -171,6 +178,69 @@ def tile_pass(
         return _run(q, k, reducers, scope, float(scale), softcap, sink, tile)
 
 
+class _Rows:
+    """Per row: the largest score, the largest weight, and ``sum_j P_ij s_ij``; lse and entropy follow at the end.
+
+    Scores are those of the keys less their mean; `shift` is what that takes from every score of a row.
+    """
+
+    def __init__(self, frame: Frame, scope: Scope, shift: Tensor | None, sink: Tensor | None) -> None:
+        self.frame = frame
+        self.largest = frame.zeros(frame.q_len).fill_(NOTHING)
+        self.top = torch.ones_like(self.largest)
+        self.dot = torch.zeros_like(self.largest)
+        self.shift = shift
+        self.invalid = None
+        if scope.invalid is not None:
+            self.invalid = scope.invalid.expand(frame.batch, -1).repeat_interleave(frame.heads, 0)
+        self.check = scope.may_be_empty()
+        self.sink = None
+        if sink is not None:  # the sink's score, row by row, on the scale of the shifted scores
+            logit = sink.detach().to(frame.device, frame.dtype).repeat(frame.batch)[:, None]
+            self.sink = logit.expand_as(self.largest) if shift is None else logit - shift
+
+    def empty(self, at: tuple[slice, slice]) -> Tensor:
+        """Rows without a key."""
+        empty = self.largest[at] <= NOTHING / 2
+        return empty if self.invalid is None else empty | self.invalid[at]
+
+    def key_share(self, at: tuple[slice, slice]) -> Tensor:
+        """The part of a row that the keys hold beside the sink."""
+        assert self.sink is not None
+        return torch.sigmoid(self.largest[at] - self.top[at].log() - self.sink[at])
+
+    def take(self, scores: Tensor, weights: Tensor, width: int, at: tuple[slice, slice], entropy: bool) -> None:
+        """Take a tile; scores are used up. Rows without a key get weights of zero."""
+        torch.amax(scores[..., :width], -1, out=self.largest[at])
+        torch.amax(weights, -1, out=self.top[at])
+        if self.check:
+            empty = self.empty(at)
+            if bool(empty.any()):
+                weights.mul_(~empty[..., None])
+        if self.sink is not None:
+            weights.mul_(self.key_share(at)[..., None])
+        if entropy:
+            torch.sum(scores.mul_(weights), -1, out=self.dot[at])
+
+    def finish(self) -> None:
+        """Put lse, top and entropy where the reducers look for them."""
+        frame, everything = self.frame, (slice(None), slice(None))
+        lse = self.largest - self.top.log()
+        entropy = -self.dot
+        if self.sink is not None:
+            frame.top.copy_(self.top * self.key_share(everything))
+            lse = torch.logaddexp(lse, self.sink)
+            entropy -= (self.sink - lse).exp() * self.sink
+        else:
+            frame.top.copy_(self.top)
+        frame.entropy.copy_(entropy.add_(lse).clamp_(min=0))
+        frame.lse.copy_(lse if self.shift is None else lse + self.shift)
+        empty = self.empty(everything)
+        frame.top.masked_fill_(empty, 0)
+        frame.entropy.masked_fill_(empty, 0)
+        frame.lse.masked_fill_(empty, -torch.inf)
+
+
 def _run(
     q: Tensor,
     k: Tensor,
@@ -188,14 +258,12 @@ def _run(
     budget = _budget(q.device)
     together = any(r.all_heads for r in reducers)
     tiles = _row_tiles(scope, tile, budget // heads if together and heads else budget)
-    frame = Frame(batch, heads, q_len, kv_len, scope.start, tiles, work, q.device)
-    adds, finishes = [], []
-    for reducer in reducers:
-        add, finish = reducer.start(frame)
-        adds.append(add)
-        finishes.append(finish)
+    per_row = [torch.full((units, q_len), x, dtype=work, device=q.device) for x in (-torch.inf, 0.0, 0.0)]
+    frame = Frame(batch, heads, q_len, kv_len, scope.start, tiles, work, q.device, *per_row)
+    started = [r.start(frame) for r in reducers]
+    adds = [add for add, _ in started if add is not None]
     if units == 0 or q_len == 0 or kv_len == 0:
-        return [finish() for finish in finishes]
+        return [finish() for _, finish in started]
 
     q_all = torch.empty(q.shape, dtype=work, device=q.device).copy_(q).mul_(scale).view(units, q_len, dim)
     k_all = torch.empty(k.shape, dtype=work, device=q.device).copy_(k).view(batch * kv_heads, kv_len, dim)
@@ -203,9 +271,9 @@ def _run(
     if softcap is None:
         # Keys less their mean: the same weights (a constant a row), smaller scores, less rounding.
         mean = k_all.mean(1, keepdim=True)
-        k_all = k_all - mean
+        k_all -= mean
         shift = (q_all.view(-1, group * q_len, dim) @ mean.transpose(1, 2)).view(units, q_len)
-    sinks = None if sink is None else sink.detach().to(work).repeat(batch)
+    row_stats = _Rows(frame, scope, shift, sink)
 
     spans = scope.spans(tiles)
     want_entropy = any(r.needs_entropy for r in reducers)
@@ -214,91 +282,46 @@ def _run(
     # Several units a tile when rows are short: as many as fit, whole groups (or samples) at a time.
     step = heads if together else group
     many = min(max(budget // (most_rows * kv_len) // step * step, heads if together else 1), units)
-    size = many * most_rows * (kv_len + most_rows)
-    score_buffer = torch.empty(size, dtype=work, device=q.device)
-    weight_buffer = torch.empty(size, dtype=work, device=q.device)
+    most = many * most_rows * (kv_len + (most_rows if want_room else 0))
+    score_buffer = torch.empty(most, dtype=work, device=q.device)
+    weight_buffer = torch.empty(most, dtype=work, device=q.device)
 
     for u0 in range(0, units, many):
         u1 = min(u0 + many, units)
+        count, kv = u1 - u0, slice(u0 // group, (u1 - 1) // group + 1)
         for n, (i0, i1) in enumerate(tiles):
-            per_batch = spans[n]
-            span = per_batch[0]
-            if len(per_batch) > 1:
-                b0, b1 = u0 // heads, (u1 - 1) // heads
-                span = per_batch[b0]
-                for b in range(b0 + 1, b1 + 1):
-                    span = span.cover(per_batch[b])
+            samples = spans[n]
+            span = samples[0]
+            if len(samples) > 1:
+                span = reduce(Span.cover, samples[u0 // heads : (u1 - 1) // heads + 1])
             if span.lo >= span.hi:
                 continue  # no key for any row: the results start out as "empty"
-            count, rows, width = u1 - u0, i1 - i0, span.hi - span.lo
-            # A causal tile has zeros past each row's end already; others get room for the shear.
+            rows, width = i1 - i0, span.hi - span.lo
+            # A causal tile has zeros past each row's end already; others get room for reading along diagonals.
             natural = scope.causal and span.hi == i1 + scope.start and width >= rows
-            pad = 0 if natural or not want_room else rows
-            shape = (count, rows, width + pad)
+            room = 0 if natural or not want_room else rows
+            shape = (count, rows, width + room)
             storage = score_buffer[: math.prod(shape)].view(shape)
-            scores = storage[..., :width]
+            weights = weight_buffer[: math.prod(shape)].view(shape)
+            scores = storage[..., :width] if room else storage
             if count == 1:
-                kv = u0 // group
-                torch.mm(q_all[u0, i0:i1], k_all[kv, span.lo : span.hi].t(), out=scores[0])
+                torch.mm(q_all[u0, i0:i1], k_all[kv.start, span.lo : span.hi].t(), out=scores[0])
             else:
-                keys = k_all[u0 // group : u1 // group, span.lo : span.hi].transpose(1, 2)
                 queries = q_all[u0:u1, i0:i1].reshape(count // group, group * rows, dim)
-                scores.copy_((queries @ keys).view(count, rows, width))
-            if pad:
+                keys = k_all[kv, span.lo : span.hi].transpose(1, 2)
+                torch.bmm(queries, keys, out=scores.view(count // group, group * rows, width))
+            if room:
                 storage[..., width:] = NOTHING
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)
             scope.forbid(scores, (u0, u1), (i0, i1), span)
-            weights = weight_buffer[: math.prod(shape)].view(shape)
             torch.softmax(storage, -1, out=weights)
-            largest = scores.amax(-1)
-            top = weights.amax(-1)
-            lse = largest - top.log()
-            empty = None
-            if scope.may_be_empty():
-                empty = largest <= NOTHING / 2
-                if scope.invalid is not None:
-                    bad = scope.invalid[:, i0:i1].expand(batch, -1).repeat_interleave(heads, 0)
-                    empty = empty | bad[u0:u1]
-                if bool(empty.any()):
-                    weights.mul_(~empty[..., None])
-                    top.masked_fill_(empty, 0)
-                    lse.masked_fill_(empty, -torch.inf)
-                else:
-                    empty = None
-            entropy = None
-            if sinks is not None:
-                logit = sinks[u0:u1, None] if shift is None else sinks[u0:u1, None] - shift[u0:u1, i0:i1]
-                total = torch.logaddexp(lse, logit)
-                share = (lse - total).exp()
-                if empty is not None:
-                    share.masked_fill_(empty, 0)
-                weights.mul_(share[..., None])
-                top.mul_(share)
-                if want_entropy:
-                    entropy = total - (logit - total).exp() * logit
-                lse = total if empty is None else total.masked_fill(empty, -torch.inf)
-            if want_entropy:
-                base = lse if entropy is None else entropy
-                entropy = base - storage.mul_(weights).sum(-1)
-                entropy.clamp_(min=0)
-                if empty is not None:
-                    entropy.masked_fill_(empty, 0)
-            if shift is not None:
-                lse = lse + shift[u0:u1, i0:i1]
-            piece = Tile(
-                n,
-                slice(u0, u1),
-                slice(i0, i1),
-                span.lo,
-                span.hi,
-                weights[..., :width],
-                weights,
-                natural,
-                lse,
-                top,
-                entropy,
-            )
-            for add in adds:
-                add(piece)
-    return [finish() for finish in finishes]
+            at = (slice(u0, u1), slice(i0, i1))
+            row_stats.take(storage, weights, width, at, want_entropy)
+            if adds:
+                kept = weights[..., :width] if room else weights
+                piece = Tile(n, u0, count, *at, span.lo, span.hi, kept, weights, natural)
+                for add in adds:
+                    add(piece)
+    row_stats.finish()
+    return [finish() for _, finish in started]
