@@ -156,7 +156,7 @@ def layout_of(
 ) -> Layout:
     """Find out how a call's tensors are packed. `trusted` remembers per module whether its keys really repeat."""
     if q.ndim == 4:
-        batch = torch.broadcast_shapes(q.shape[:1], k.shape[:1])[0]
+        batch = k.shape[0] if q.shape[0] == 1 else q.shape[0]
         heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
         out_lead: tuple[int, ...] = (batch, max(heads, kv_heads))
         module = frame.module

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._higher_order_ops.flex_attention import FlexAttentionHOP
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -41,7 +42,8 @@ Handler = Callable[[Call], "Tensor | None"]
 
 _SDPA = F.scaled_dot_product_attention
 _MHA = F.multi_head_attention_forward
-_OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
+_OPERATORS = frozenset((OpOverload, OpOverloadPacket, FlexAttentionHOP))
+_SIMPLE = re.compile(r"norm|embedding|activation|dropout|droppath|gelu|silu|linear$|^conv", re.IGNORECASE)
 _MHA_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -101,7 +103,7 @@ class Seam(TorchFunctionMode):
         self._reset()
         try:
             for name, module in self.model.named_modules():
-                if module is self.model or not _is_plain_leaf(module):
+                if module is self.model or not _attends_to_nothing(module):
                     self._attach(name, module)
             super().__enter__()
         except BaseException:
@@ -220,7 +222,7 @@ class Seam(TorchFunctionMode):
             return self._catch(func, args, kwargs)
         if func is _MHA:
             return self._multi_head(args, kwargs)
-        if isinstance(func, _OPERATORS) and self._stack and not self._busy:
+        if type(func) in _OPERATORS and self._stack and not self._busy:
             name = str(getattr(func, "__name__", func))
             if name.split(".")[0] == "scaled_dot_product_attention":
                 return self._catch(func, args, kwargs)
@@ -330,9 +332,12 @@ def _arguments(
     return query, key, value, attn_mask, dropout_p, bool(is_causal), scale, enable_gqa
 
 
-def _is_plain_leaf(module: nn.Module) -> bool:
-    """PyTorch's own layers without parts (Linear, LayerNorm, ...) attend to nothing."""
-    return not module._modules and type(module).__module__.startswith("torch.nn.modules.")
+def _attends_to_nothing(module: nn.Module) -> bool:
+    """Layers without parts that are PyTorch's own (Linear, LayerNorm, ...) or named as such: not worth a hook."""
+    kind = type(module)
+    return not module._modules and (
+        kind.__module__.startswith("torch.nn.modules.") or bool(_SIMPLE.search(kind.__name__))
+    )
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
