@@ -75,6 +75,9 @@ Tokens = Annotated[int | None, typer.Option(min=2, help="Watch only the first so
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Nothing but JSON on stdout.")]
+Probe = Annotated[
+    bool, typer.Option("--probe", help="Judge retrieval and induction on needles and repeated segments as well.")
+]
 Demo = Annotated[bool, typer.Option("--demo", help="The shipped decoder on the shipped text.")]
 
 
@@ -199,12 +202,14 @@ def roles(
     atlas: AtlasFolder = None,
     tokens: Tokens = None,
     demo: Demo = False,
+    probe: Probe = False,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Name every head, with the evidence."""
     if demo + (text is not None) + (atlas is not None) != 1:
         raise typer.BadParameter("give exactly one", param_hint="--text / --atlas / --demo")
+    loaded = None
     if atlas is not None:
         from regard.watch.atlas import load_atlas
 
@@ -214,7 +219,7 @@ def roles(
             raise typer.BadParameter("name one: a folder, a hub name or testbed:decoder", param_hint="MODEL")
         loaded = _load(DEMO_MODEL if demo else str(model), device)
         watched = _watch_text(loaded, _read(text or DEMO_TEXT), "full", tokens)
-    table = regard.roles(watched)
+    table = _probed(watched, loaded) if loaded and probe else regard.roles(watched)
     if as_json:
         _print_json(_roles_json(table))
     else:
@@ -256,6 +261,7 @@ def study(
             f"no study of {name!r} yet; there are {', '.join(protocol.names())}", param_hint="NAME"
         )
     _check_device(device)
+    _quiet()
     with _working(f"{name}, {size.value}"):
         record = protocol.run_and_record(name, size=size.value, device=device, seed=seed, model=model)
     path = protocol.keep(record, out)
@@ -329,6 +335,7 @@ def train(
 
     if name not in testbeds.TESTBEDS:
         raise typer.BadParameter(f"no testbed {name!r}; there is {', '.join(testbeds.TESTBEDS)}", param_hint="NAME")
+    _quiet()
     record = testbeds.train(name, out, size=size.value, seed=seed, steps=steps, console=say)
     if as_json:
         _print_json(record)
@@ -370,6 +377,30 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{device!r} cannot be used here: {error}", param_hint="--device") from error
+
+
+def _watch_text(loaded: Any, text: str, statistics: str, tokens: int | None) -> Any:
+    import torch
+
+    from regard.tasks.text import encode
+
+    try:
+        inputs = encode(loaded, text, tokens)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--text") from error
+    with _working(f"watching {inputs['input_ids'].shape[1]} tokens"), torch.no_grad():
+        with regard.watch(loaded.model, statistics=statistics, tokenizer=loaded.tokenizer) as watched:
+            loaded.model(**inputs)
+    return watched.atlas
+
+
+def _probed(atlas: Any, loaded: Any) -> Any:
+    from regard.tasks.probes import probed_roles
+
+    if not getattr(loaded.model, "can_generate", lambda: False)():
+        raise typer.BadParameter(f"{loaded.name!r} writes no text, so it cannot copy a needle", param_hint="--probe")
+    with _working("needles and repeated segments"):
+        return probed_roles(atlas, loaded)
 
 
 def _read(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import DEFAULT_MODEL, Claim, Finding
+from regard.studies.protocol import DEFAULT_MODEL, Claim, Finding, verdict
 
 PAPER = "preplan-anchor"
 CLAIMS = [
@@ -58,7 +58,8 @@ CHUNK = 16
 def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DEFAULT_MODEL) -> list[Finding]:
     """Continue texts, watch the continuations, and shift one series against the other."""
     from regard.measures.rhythm import fai, waad
-    from regard.studies.testbed import below_gate, texts
+    from regard.studies.testbed import below_gate
+    from regard.tasks.retoken import texts
     from regard.tasks.testbeds import load
 
     loaded = load(model, device=device)
@@ -149,7 +150,7 @@ def _instrument(model: Any, atlas: Any, ids: Any, back: Any, ahead: Any) -> Find
     worst = float(max(np.abs(dense_back - back).max(), np.nanmax(np.abs(dense_ahead - ahead))))
     holds = worst <= 1e-4 and same_gaps
     reason = f"{len(back)} tokens; the last {int(np.isnan(ahead).sum())} have no later row, so no FAI"
-    return Finding("waad", "holds" if holds else "does not hold", worst, floor=0.0, reason=reason)
+    return Finding("waad", verdict(holds), worst, floor=0.0, reason=reason)
 
 
 def _entropy(peaks: list[Any], drawn_from: Any, drawn_after: Any, seed: int) -> Finding:
@@ -167,7 +168,7 @@ def _entropy(peaks: list[Any], drawn_from: Any, drawn_after: Any, seed: int) -> 
     details |= {"of_the_token_after_shifted": after_chance, "of_the_token_after_p": after_p}
     return Finding(
         "entropy-at-peaks",
-        "holds" if p < 0.05 else "does not hold",
+        verdict(p < 0.05),
         at_peaks(list(drawn_from)),
         interval,
         floor=chance,
@@ -197,7 +198,7 @@ def _coupling(back: list[Any], ahead: list[Any], seed: int) -> Finding:
     interval = evidence.bootstrap(counts, lambda c: float(c[:, 0].sum() / c[:, 1].sum()), seed=seed)
     return Finding(
         "coupling",
-        "holds" if p < 0.05 else "does not hold",
+        verdict(p < 0.05),
         share([b.astype(float) for b in back]),
         interval,
         floor=chance,

@@ -90,6 +90,11 @@ class Finding:
             raise ValueError(f"claim {self.claim!r} is {self.state!r} without a figure (got {self.figure})")
 
 
+def verdict(condition: Any) -> State:
+    """The state of a claim that was measured."""
+    return "holds" if condition else "does not hold"
+
+
 class Study(Protocol):
     """The module of one study."""
 

@@ -1,7 +1,9 @@
 """Retrieval heads (arXiv 2404.15574): heads whose top key is the needle token being copied.
 
 Needles are teacher-forced: the row before each answer token is judged, so that one forward pass gives all steps of a
-test. Masking puts 1/n_i on the n_i keys a query may see (`uniform`), at every row.
+test. The needle is the code that the answer repeats, so a head that copies all of it scores 1. The floor is the score
+where the code in the text is another one than the one asked for. Masking puts 1/n_i on the n_i keys a query may see
+(`uniform`), at every row.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import DEFAULT_MODEL, Claim, Finding
+from regard.studies.protocol import DEFAULT_MODEL, Claim, Finding, verdict
 
 PAPER = "retrieval-heads"
 CLAIMS = [
@@ -58,8 +60,9 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     """Score every head at each length, then mask the best ones and as many others."""
     import torch
 
-    from regard.studies.testbed import below_gate, needles
+    from regard.studies.testbed import below_gate
     from regard.tasks.needle import Needle
+    from regard.tasks.retoken import batches
     from regard.tasks.testbeds import load
 
     loaded = load(model, device=device)
@@ -67,60 +70,52 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     if reason := below_gate(loaded, "needle_256", "needle_512", "copy_paste"):
         return [Finding(claim, "not measured", reason=reason) for claim in ids]
     generator = torch.Generator().manual_seed(seed)
-    tests, bare = {}, {}
+    tests, other = {}, {}
     for length in LENGTHS[size]:
         each = TESTS[size] // (DEPTHS if size == "full" else 1)
         depths = [d / (DEPTHS - 1) for d in range(DEPTHS)] if size == "full" else [None]
         tasks = [Needle(length, split="test", depth=d) for d in depths]
-        tests[length] = [b for t in tasks for b in needles(loaded, t, each, generator)]
-        bare[length] = needles(loaded, _Bare(tasks[0]), each, generator)
-    scores = {length: copy_scores(loaded.model, batches) for length, batches in tests.items()}
-    without = {length: float(copy_scores(loaded.model, batches).mean()) for length, batches in bare.items()}
-    right = {length: exact(loaded.model, batches) for length, batches in tests.items()}
+        tests[length] = [b for t in tasks for b in batches(loaded, t, each, generator)]
+        other[length] = batches(loaded, OtherCode(tasks[0]), each, generator)
+    scores = {length: copy_scores(loaded.model, drawn) for length, drawn in tests.items()}
+    floors = {n: float(copy_scores(loaded.model, drawn).mean(-1).max()) for n, drawn in other.items()}
+    right = {length: exact(loaded.model, drawn) for length, drawn in tests.items()}
     short, far = LENGTHS[size][0], LENGTHS[size][-1]
-    findings = [_score(loaded.model, tests[short], scores[short]), _few(scores, without)]
-    findings.append(_same(scores[short], scores[far], without, seed))
+    findings = [_score(loaded.model, tests[short], scores[short]), _few(scores, floors)]
+    findings.append(_same(scores[short], scores[far], floors, seed))
     if right[far].mean() < GATE or right[short].mean() < GATE:
         shown = ", ".join(f"{100 * r.mean():.0f}% at {length}" for length, r in right.items())
         reason = f"testbed below its gate: exact match {shown}, {100 * GATE:.0f}% needed"
         return [*findings, Finding("masking", "not measured", reason=reason)]
     everything = np.concatenate(list(scores.values()), axis=-1).mean(-1)
-    batches = [b for length in (short, far) for b in tests[length]]
+    both = [b for length in (short, far) for b in tests[length]]
     before = np.concatenate([right[short], right[far]])
-    return [*findings, _masking(loaded.model, batches, everything, before, seed, curve=size == "full")]
+    return [*findings, _masking(loaded.model, both, everything, before, seed, curve=size == "full")]
 
 
-class _Bare:
-    """The task with the needle's sentence written over: the rate that repeated digits reach by chance."""
+class OtherCode:
+    """The task with another code in the text than the one asked for: the rate that digits reach by chance."""
 
     def __init__(self, task: Any):
         self.task = task
 
     def batch(self, n: int, generator: Any) -> Any:
+        """n sequences whose needle has random digits; the answer stays."""
+        import torch
+
         batch = self.task.batch(n, generator)
-        written_over = self.task.without_needle(batch, generator)
-        # The place of the needle stays the place that is judged.
-        return type(batch)(written_over.input_ids, batch.labels, batch.spans, batch.groups, batch.valid)
+        ids = batch.input_ids.clone()
+        for row, (start, end) in enumerate(batch.spans["value"].tolist()):
+            ids[row, start:end] = torch.randint(ord("0"), ord("9") + 1, (end - start,), generator=generator)
+        return type(batch)(ids, batch.labels, batch.spans, batch.groups, batch.valid)
 
 
-def copy_scores(model: Any, batches: list[Any]) -> np.ndarray[Any, Any]:
+def copy_scores(model: Any, needles: list[Any]) -> np.ndarray[Any, Any]:
     """Copy-paste score of every head in every test, [layer, head, test]."""
-    import torch
-
-    import regard
     from regard.measures.registry import ratio
-    from regard.watch.settings import Watch
+    from regard.tasks.probes import watch_needles
 
-    device = next(model.parameters()).device
-    atlases = []
-    for batch in batches:
-        rows = (batch.labels >= 0).roll(-1, dims=1)  # the row that writes a token stands before it
-        needle = {"needle": batch.groups["needle"].to(device)}
-        settings = Watch((), rows=rows.to(device), groups=needle, per_sample=("copy_hits",))
-        with torch.no_grad(), regard.watch(model, statistics=settings) as watched:
-            model(input_ids=batch.input_ids.to(device), use_cache=False)
-        atlases.append(watched.atlas)
-    atlas = sum(atlases)
+    atlas = watch_needles(model, needles)
     return ratio(atlas.need("copy_distinct"), atlas.need("needle_tokens")).values
 
 
@@ -148,15 +143,15 @@ def dense_scores(model: Any, batch: Any) -> np.ndarray[Any, Any]:
 
     scores = []
     for sample in batch:
-        ids, needle = sample.input_ids[0], sample.groups["needle"][0]
+        ids, (start, end) = sample.input_ids[0], sample.spans["value"][0].tolist()
         weights = dense_weights(model, sample.input_ids.to(next(model.parameters()).device))
         copied = np.zeros((*weights.shape[:2], len(ids)), dtype=bool)
         for place in (sample.labels[0] >= 0).nonzero().flatten().tolist():
             top = weights[:, :, place - 1].argmax(-1)
-            hit = needle[top] & (ids[top] == ids[place])
+            hit = (top >= start) & (top < end) & (ids[top] == ids[place])
             for layer, head in hit.nonzero().tolist():
                 copied[layer, head, top[layer, head]] = True
-        scores.append(copied.sum(-1) / int(needle.sum()))
+        scores.append(copied.sum(-1) / (end - start))
     return np.stack(scores, axis=-1)
 
 
@@ -164,40 +159,40 @@ def _score(model: Any, batches: list[Any], streamed: np.ndarray[Any, Any]) -> Fi
     dense = dense_scores(model, batches[0])
     share = float(np.isclose(streamed[..., : dense.shape[-1]], dense, atol=1e-6).mean())
     reason = f"{dense.size} scores of {dense.shape[-1]} tests compared"
-    return Finding("score", "holds" if share == 1 else "does not hold", share, ceiling=1.0, reason=reason)
+    return Finding("score", verdict(share == 1), share, ceiling=1.0, reason=reason)
 
 
-def _few(scores: dict[int, np.ndarray[Any, Any]], without: dict[int, float]) -> Finding:
+def _few(scores: dict[int, np.ndarray[Any, Any]], floors: dict[int, float]) -> Finding:
     tests = np.concatenate([s.reshape(-1, s.shape[-1]) for s in scores.values()], axis=1)
     means = tests.mean(1)
     bands = {"0": means == 0, "0-0.1": (means > 0) & (means < 0.1), "0.1-0.5": (means >= 0.1) & (means < 0.5)}
     bands["0.5-1"] = means >= 0.5
-    details = {"shares": {k: float(v.mean()) for k, v in bands.items()}, "largest": float(means.max())}
-    details["mean_without_a_needle"] = without
+    details: dict[str, Any] = {"shares": {k: float(v.mean()) for k, v in bands.items()}, "largest": float(means.max())}
+    details["floors"] = floors
     if means.max() < 0.1:
         reason = f"no head copies: the largest score is {means.max():.3f}"
         return Finding("few", "not measured", reason=reason, details=details)
     share = float((means >= 0.5).mean())
     interval = evidence.bootstrap(tests.T, lambda t: float((t.mean(0) >= 0.5).mean()))
     reason = ", ".join(f"{v:.0%} of heads in {k}" for k, v in details["shares"].items())
-    state = "holds" if share < 0.05 else "does not hold"
+    state = verdict(share < 0.05)
     return Finding("few", state, share, interval, reason=reason, details=details)
 
 
-def _same(short: np.ndarray[Any, Any], far: np.ndarray[Any, Any], without: dict[int, float], seed: int) -> Finding:
+def _same(short: np.ndarray[Any, Any], far: np.ndarray[Any, Any], floors: dict[int, float], seed: int) -> Finding:
     def correlation(tests: np.ndarray[Any, Any]) -> float:
         half = tests.shape[1] // 2
         return evidence.spearman(tests[:, :half].mean(0), tests[:, half:].mean(0))
 
     # One row a test: the scores of all heads at the short length, then those at the long one.
     tests = np.concatenate([s.reshape(-1, s.shape[-1]).T for s in (short, far)], axis=1)
+    if tests.mean(0).max() < 0.1:
+        return Finding("same-heads", "not measured", reason="no head copies, so there is no order to keep")
     figure = correlation(tests)
-    if np.isnan(figure):
-        return Finding("same-heads", "not measured", reason="every head has the same score, so there is no order")
     interval = evidence.bootstrap(tests, correlation, seed=seed)
-    shown = ", ".join(f"{rate:.3f} at {length}" for length, rate in without.items())
-    state = "holds" if figure > 0.7 else "does not hold"
-    reason = f"a head's mean rate where the needle is written over: {shown}"
+    shown = ", ".join(f"{rate:.3f} at {length}" for length, rate in floors.items())
+    state = verdict(figure > 0.7)
+    reason = f"with another code in the text than the one asked for, the best head scores {shown}"
     return Finding("same-heads", state, figure, interval, floor=0.0, ceiling=1.0, reason=reason)
 
 
@@ -227,7 +222,7 @@ def _masking(
     holds = 100 * lost >= 50 and beside <= 10
     return Finding(
         "masking",
-        "holds" if holds else "does not hold",
+        verdict(holds),
         100 * lost,
         (100 * low, 100 * high),
         floor=0.0,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import DEFAULT_MODEL, Claim, Finding
+from regard.studies.protocol import DEFAULT_MODEL, Claim, Finding, verdict
 
 PAPER = "secondary-sinks"
 CLAIMS = [
@@ -60,7 +60,8 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     """Look for levels, then make sinks at chosen tokens."""
     import regard
     from regard.measures.sinks import sink_lifetime
-    from regard.studies.testbed import below_gate, texts
+    from regard.studies.testbed import below_gate
+    from regard.tasks.retoken import texts
     from regard.tasks.testbeds import load
 
     loaded = load(model, device=device)
@@ -75,7 +76,8 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     generator = np.random.default_rng(seed)
     # In the first half, so that many later rows can look at them; never the first tokens, which may be sinks already.
     at = tuple(tuple(sorted(generator.choice(np.arange(8, LENGTH // 2), TOKENS, replace=False).tolist())) for _ in ids)
-    middle = [len(parts) // 2] if size == "smoke" else list(range(len(parts) // 3, len(parts) - len(parts) // 3))
+    last = len(parts) - 1
+    middle = [last // 2] if size == "smoke" else list(range(last // 3, last - last // 3))
     runs = {block: _inject(loaded.model, ids, at, block, parts, seed) for block in middle}
     return [*findings, *_judge(runs, seed)]
 
@@ -110,7 +112,7 @@ def _cosine(model: Any, ids: Any, atlas: Any, parts: Any) -> Finding:
     ours = atlas.need("bos_cos").values[:, : len(ids)]
     worst = float(np.abs(ours - dense).max())
     reason = f"{dense.size} cosines compared"
-    return Finding("cosine", "holds" if worst <= 1e-4 else "does not hold", worst, floor=0.0, reason=reason)
+    return Finding("cosine", verdict(worst <= 1e-4), worst, floor=0.0, reason=reason)
 
 
 def _levels(life: Any, blocks: int) -> Finding:
@@ -122,7 +124,7 @@ def _levels(life: Any, blocks: int) -> Finding:
     shown = ", ".join(f"block {f} for {n}: {c} tokens" for (f, n), c in counts.items()) or "none"
     return Finding(
         "levels",
-        "holds" if counts else "does not hold",
+        verdict(counts),
         float(len(counts)),
         floor=0.0,
         reason=f"levels of {int(life.notnull().sum())} tokens in {blocks} blocks: {shown}",
@@ -181,7 +183,7 @@ def _judge(runs: dict[int, dict[str, np.ndarray[Any, Any]]], seed: int) -> list[
     told = ", ".join(f"{v:.4f} at c = {c}" for c, v in curve.items())
     by_score = Finding(
         "norm-sets-score",
-        "holds" if holds else "does not hold",
+        verdict(holds),
         figure,
         evidence.bootstrap(score, correlation, seed=seed),
         floor=0.0,
@@ -201,7 +203,7 @@ def _judge(runs: dict[int, dict[str, np.ndarray[Any, Any]]], seed: int) -> list[
     told = ", ".join(f"{v:.2f} at c = {c}" for c, v in curve.items())
     by_life = Finding(
         "norm-sets-lifetime",
-        "holds" if figure > 0.8 else "does not hold",
+        verdict(figure > 0.8),
         figure,
         evidence.bootstrap(life, correlation, seed=seed),
         floor=0.0,
