@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.tasks.batch import Batch
@@ -21,12 +21,19 @@ PRINTABLE = range(32, 127)
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: up to which step, the lengths to draw from, and the shares of needles and repetitions."""
+    """A stretch of training.
+
+    ``until`` which step; the ``lengths`` to draw from; the shares of rows with needles and with repetitions; and what
+    their other tokens count, ``around`` a needle and in the ``first`` period, where the answers count 1 and the later
+    periods 0.5. Without the latter two a head pays nothing for looking anywhere when there is nothing to find.
+    """
 
     until: int
     lengths: tuple[int, ...]
     needle: float
     repeated: float
+    around: float = 0.1
+    first: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,9 @@ SIZES = {
         recipe=Recipe(steps=5000, lr=3e-3, warmup=100, decay=1000, autocast=True),
         phases=(
             Phase(600, (128,), needle=0.35, repeated=0.35),
-            Phase(2000, (128, 256, 256, 512), needle=0.35, repeated=0.25),
-            Phase(10**9, (256, 512, 512, 1024), needle=0.3, repeated=0.2),
+            Phase(1200, (128, 256, 256, 512), needle=0.35, repeated=0.25),
+            Phase(2000, (128, 256, 256, 512), needle=0.35, repeated=0.25, around=0.3, first=0.25),
+            Phase(10**9, (256, 512, 512, 1024), needle=0.3, repeated=0.2, around=0.3, first=0.25),
         ),
     ),
     "smoke": Size(
@@ -122,8 +130,8 @@ def needle_at(length: int, generator: torch.Generator, text: bytes | None) -> Ne
 class Mixture:
     """The batch of every step: text, needles (a third of them in text) and repeated segments of one length.
 
-    Each part counts as the mean over its own asked tokens (all of the text; a tenth for a needle's surroundings; the
-    answers; the second and later periods), so that few answers weigh as much as much text.
+    Each part counts as the mean over its own asked tokens (all of the text; the answers; the second and later periods),
+    so that few answers weigh as much as much text; a ``Phase`` says what the other tokens count.
     """
 
     size: Size
@@ -143,18 +151,17 @@ class Mixture:
         hidden = task.batch(needles, generator)
         repeated = repeated_at(length).batch(repeats, generator)
         ids = torch.cat([texts, hidden.input_ids, repeated.input_ids])
-        every = torch.ones_like(texts, dtype=torch.float)
-        around = (hidden.labels < 0).float()
-        weights = [
-            _mean(every),
-            _mean((hidden.labels >= 0).float()) + 0.1 * _mean(around),
-            0.5 * _mean((repeated.labels >= 0).float()),
-        ]
-        return Weighted(ids, torch.cat([weights[0], weights[1], weights[2]]))
+        weights = (
+            _mean(torch.ones_like(texts) > 0),
+            _mean(hidden.labels >= 0) + phase.around * _mean(hidden.labels < 0),
+            0.5 * _mean(repeated.labels >= 0) + phase.first * _mean(repeated.labels < 0),
+        )
+        return Weighted(ids, torch.cat(weights))
 
 
-def _mean(mask: Float[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
-    return mask / mask.sum().clamp(min=1)
+def _mean(asked: Bool[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
+    """Weights that make a sum over tokens the mean over the asked ones."""
+    return asked / asked.sum().clamp(min=1)
 
 
 def repeated_at(length: int) -> RepeatedTokens:

@@ -224,9 +224,10 @@ def train(
         "machine": _machine(),
         "versions": _versions(),
     }
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    written = json.dumps(record, indent=1) + "\n"
+    (out / "training.json").write_text(written)
     shutil.rmtree(out / "checkpoints")
-    return record
+    return json.loads(written)
 
 
 def curve(history: list[dict[str, float]], every: int = 50) -> list[dict[str, float]]:
