@@ -105,7 +105,8 @@ class Anatomy:
 
 _PER_BLOCK = ("attn", "attn_out", "mlp", "mid", "out_proj", "cross", "cross_out", "parallel", "decoder")
 _ONCE = ("embed", "unembed", "final_norm")
-_known: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+# What was found, kept while the model has the same modules.
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], Anatomy]] = weakref.WeakKeyDictionary()
 
 
 def anatomy(model: nn.Module, inputs: Any = None, **given: Any) -> Anatomy:
@@ -125,8 +126,9 @@ def anatomy(model: nn.Module, inputs: Any = None, **given: Any) -> Anatomy:
     unknown = set(given) - set(_PER_BLOCK) - set(_ONCE) - {"blocks"}
     if unknown:
         raise TypeError(f"no field {sorted(unknown)}; accepted: blocks, {', '.join(_PER_BLOCK + _ONCE)}")
-    if inputs is None and not given and model in _known:
-        return _known[model]
+    modules = [id(m) for m in model.modules()]
+    if inputs is None and not given and model in _known and _known[model][0] == modules:
+        return _known[model][1]
     batch = example_inputs(model) if inputs is None else inputs
     seen = probe(model, batch)
     blocks = tuple(given["blocks"]) if "blocks" in given else _blocks(model, seen)
@@ -141,7 +143,7 @@ def anatomy(model: nn.Module, inputs: Any = None, **given: Any) -> Anatomy:
     found = _check_mid(model, batch, found, checked="mid" not in given)
     found = replace(found, missing={k: v for k, v in found.missing.items() if k not in given})
     if inputs is None and not given:
-        _known[model] = found
+        _known[model] = (modules, found)
     return found
 
 
@@ -268,6 +270,9 @@ def _walk(model: nn.Module, block: str, seen: Probe) -> _Parts:
     if x is None or y is None or x.ndim != 3 or x.shape != y.shape:
         parts.why["attn_out"] = parts.why["mlp"] = "its first input and output are not streams of one shape [b, n, d]"
         return parts
+    # Some models flatten batch and length inside a block; a module that runs twice cannot be told apart.
+    names = [e.name for e in inner]
+    inner = [_as_stream(e, x.shape) for e in inner if names.count(e.name) == 1]
     stream = [e for e in inner if e.result is not None and e.result.shape == x.shape]
     # Possible states of the stream, each with where it is met: an input (before a norm) or an output (after one).
     states: list[tuple[Tensor, tuple[str, str] | None, int]] = [(x, None, whole.start)]
@@ -297,6 +302,13 @@ def _walk(model: nn.Module, block: str, seen: Probe) -> _Parts:
     if parts.mlp is None:
         parts.why["mlp"] = "no module's output is what the stream gains after attention"
     return parts
+
+
+def _as_stream(e: Event, shape: torch.Size) -> Event:
+    flat = (shape[0] * shape[1], shape[2])
+    given = e.given.view(shape) if e.given is not None and e.given.shape == flat else e.given
+    result = e.result.view(shape) if e.result is not None and e.result.shape == flat else e.result
+    return replace(e, given=given, result=result)
 
 
 def _next_state(states: list, call: Attended, stream: list[Event], inner: list[Event]) -> tuple[Event, Event] | None:
@@ -332,12 +344,12 @@ def _walk_parallel(parts: _Parts, x: Tensor, y: Tensor, stream: list[Event]) -> 
     for attended in sorted(around, key=lambda e: -e.end):
         assert attended.result is not None
         for writer in sorted(beside, key=lambda e: -e.end):
-            if _adds(x + attended.result, writer.result, y, tolerance=32):
+            if _adds(x + attended.result, writer.result, y, tolerance=32.0):
                 parts.attn_out, parts.mlp, parts.parallel = attended.name, writer.name, True
                 return
 
 
-def _adds(state: Tensor, gain: Tensor | None, after: Tensor | None, tolerance: float = 8) -> bool:
+def _adds(state: Tensor, gain: Tensor | None, after: Tensor | None, tolerance: float = 8.0) -> bool:
     """Whether `after = state + c * gain` for one number c, to the rounding of their dtype."""
     if gain is None or after is None or gain.shape != after.shape or state.shape != after.shape:
         return False
@@ -468,7 +480,8 @@ def _check_mid(model: nn.Module, inputs: Any, found: Anatomy, checked: bool) -> 
             handle.remove()
     mid, missing = list(found.mid), dict(found.missing)
     for i, _ in spots:
-        if not _adds(seen[i, "mid"], seen[i, "mlp"], seen[i, "out"]):
+        out = seen[i, "out"]
+        if not _adds(seen[i, "mid"].reshape(out.shape), seen[i, "mlp"].reshape(out.shape), out):
             mid[i] = None
             missing.setdefault("mid", f"{found.blocks[i]}: its two branches read different tensors; give mid=")
     return replace(found, mid=tuple(mid), missing=missing)

@@ -68,7 +68,7 @@ class Edit:
     site: Site
     op: str
     value: Any = None
-    alpha: float = 1.0
+    alpha: float | int = 1.0
     basis: Tensor | None = None
     renormalize: bool = True
     expand: bool = False
@@ -107,7 +107,7 @@ class Edit:
             raise TypeError(f"value of norm_cap is a cosine, a number, not {type(self.value).__name__}")
 
 
-def reweight(site: Site, groups: Mapping[Any, float], renormalize: bool = True) -> Edit:
+def reweight(site: Site, groups: Mapping[Any, float | int], renormalize: bool = True) -> Edit:
     """Multiply the weights of each group of pairs by a coefficient: `Edit(site, "reweight", groups)`.
 
     `groups` = {Pattern: coefficient} must be a partition of the pairs that may meet: each in exactly one pattern.

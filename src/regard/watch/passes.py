@@ -37,6 +37,8 @@ class Pass:
     step: str
     main: Axis
     decoder: Axis
+    batch: int | None = None
+    """Samples, where an argument says so."""
 
     def axis(self, decoder: bool) -> Axis:
         """The axis of a block: the decoder's, or the only one."""
@@ -62,7 +64,8 @@ def open_pass(
     if valid is not None:
         main = Axis(valid.shape[1], valid.bool())
     decoder = _axis(named, _DECODER_MASKS, fed=fed, past=past) if own_decoder else main
-    return Pass(step, main, decoder)
+    sizes = [len(x) for x in named.values() if isinstance(x, Tensor) and x.ndim > 1]
+    return Pass(step, main, decoder, sizes[0] if sizes else None)
 
 
 def columns(axis: Axis, length: int) -> tuple[int, int]:

@@ -67,15 +67,15 @@ def place_of(site: Site, model: nn.Module, anatomy: Callable[[], Anatomy]) -> Pl
 
 def _attention(site: Site, model: nn.Module, anatomy: Callable[[], Anatomy]) -> str:
     assert site.layer is not None
-    if isinstance(site.layer, str):
-        try:
-            parts = anatomy()
-        except ValueError:  # no inputs to probe with: a module's name is enough for attention
-            if site.layer in dict(model.named_modules(remove_duplicate=False)):
-                return site.layer
-            raise
-        return parts.attention(site.layer)
-    return anatomy().attention(site.layer)
+    if isinstance(site.layer, int):
+        return anatomy().attention(site.layer)
+    try:
+        return anatomy().attention(site.layer)
+    except (ValueError, KeyError):
+        # Without inputs to probe with, or outside the blocks, a module's name is enough for attention.
+        if site.layer in dict(model.named_modules(remove_duplicate=False)):
+            return site.layer
+        raise
 
 
 def _known(name: str | None, site: Site, parts: Anatomy, field: str) -> str:

@@ -83,7 +83,9 @@ def scan(
     groups = [[e] if isinstance(e, (Edit, Site)) else list(e) for e in edits]
     patches = list(dict.fromkeys(e for group in groups for e in group if isinstance(e, Site)))
     if patches and corrupt is None:
-        raise ValueError("a Site stands for a patch from the other run, but corrupt=None: give Edits, or corrupt inputs")
+        raise ValueError(
+            "a Site stands for a patch from the other run, but corrupt=None: give Edits, or corrupt inputs"
+        )
     base, other = (clean, corrupt) if direction == "noise" or corrupt is None else (corrupt, clean)
     values = trace(model, other, patches, anatomy=anatomy, backend=backend) if patches else {}
     ready = [[Edit(e, "set", value=values[e]) if isinstance(e, Site) else e for e in group] for group in groups]
@@ -93,9 +95,7 @@ def scan(
         batch = len(plain["clean"])
         for begin in range(0, len(ready), chunk):
             some = ready[begin : begin + chunk]
-            actions = [
-                (e, slice(i * batch, (i + 1) * batch)) for i, group in enumerate(some) for e in group
-            ]
+            actions = [(e, slice(i * batch, (i + 1) * batch)) for i, group in enumerate(some) for e in group]
             inputs = stack(base, len(some), batch)
             with Session(model, actions, parts=anatomy, inputs=base, backend=backend):
                 logits = find_logits(run(model, inputs))[0]
@@ -128,4 +128,3 @@ def _score(model: nn.Module, inputs: Any, metric: Callable, anatomy: Anatomy | N
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"metric must give one number a sample, shape [batch]; it gave {got}")
     return scores
-

@@ -20,7 +20,7 @@ from regard.watch.places import Place, find_logits, place_of, read_input, replac
 from regard.watch.refuse import _checkpointed, _compiled
 from regard.watch.seam import Seam, SeamError
 from regard.watch.select import Selection
-from regard.watch.site import MODEL_PARTS, Site
+from regard.watch.site import BLOCK_PARTS, MODEL_PARTS, Site
 
 Backend = Literal["fused", "reference"]
 
@@ -154,8 +154,9 @@ class Session:
         for entry in entries.values():
             self._handles.append(entry.register_forward_hook(self._close, always_call=True))
         if self.backend == "reference" or any(a.place.door == "attention" for a in everything):
-            self._seam = Seam(self.model, self._attend, edits=True)
-            self._seam.__enter__()
+            seam = Seam(self.model, self._attend, edits=True)
+            seam.__enter__()
+            self._seam = seam
 
     def _remove(self, kind: Any = None, error: Any = None, trace: Any = None) -> None:
         for handle in self._handles:
@@ -266,6 +267,9 @@ class Session:
         if not due:
             return x
         self._once(due[0].site, f"{place.module} {place.door}")
+        met, shape, batch = x, x.shape, self._now(due[0].site).batch
+        if x.ndim == 2 and batch is not None and due[0].site.part in BLOCK_PARTS and len(x) % batch == 0:
+            x = x.view(batch, -1, shape[1])  # a block that flattened batch and length
         new = x.clone() if in_place else x
         changed = False
         for a in due:
@@ -285,11 +289,12 @@ class Session:
                 changed = True
         if in_place and changed:
             x.copy_(new)
-            return x
-        return new if changed else x
+            return met
+        return new.view(shape) if changed else met
 
     def _once(self, site: Site, key: str) -> None:
         """A site names one tensor of a pass; a module that runs again has another."""
+        self._now(site)
         self._runs[key] = self._runs.get(key, 0) + 1
         if self._runs[key] > 1:
             raise RuntimeError(
@@ -313,7 +318,14 @@ class Session:
         return y
 
     def _select(
-        self, a: Action, axis: Axis, batch: int, held: Tensor, total: int, has_heads: bool, heads: tuple[int, ...] | None = None
+        self,
+        a: Action,
+        axis: Axis,
+        batch: int,
+        held: Tensor,
+        total: int,
+        has_heads: bool,
+        heads: tuple[int, ...] | None = None,
     ) -> Selection | None:
         """The part of a tensor that an action names; None when none of its tokens is held by this tensor."""
         site = a.site
@@ -433,7 +445,13 @@ class Session:
         return z
 
     def _fused(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, chain: list[tuple[Action, Selection]], axes: tuple[Axis, Axis]
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chain: list[tuple[Action, Selection]],
+        axes: tuple[Axis, Axis],
     ) -> Tensor:
         new = {n: x for n, x, old in (("q", q, call.q), ("k", k, call.k), ("v", v, call.v)) if x is not old}
         z = None
@@ -457,7 +475,13 @@ class Session:
         return call.run(**new) if z is None else z
 
     def _dense(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, chain: list[tuple[Action, Selection]], axes: tuple[Axis, Axis]
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chain: list[tuple[Action, Selection]],
+        axes: tuple[Axis, Axis],
     ) -> Tensor:
         """The matrix of weights after the edits, [batch, heads, q_len, kv_len]."""
         everything = Selection(has_heads=True)
@@ -498,7 +522,7 @@ def _heads_of(a: Action, call: Call) -> tuple[int, ...] | None:
     head, heads = a.site.head, call.q.shape[1]
     if head is None:
         return None
-    several = (head,) if isinstance(head, int) else head
+    several = (head,) if isinstance(head, int) else tuple(head)
     if max(several) >= heads:
         raise IndexError(f"{a.site}: {call.layer} has {heads} heads, 0 to {heads - 1}")
     return several

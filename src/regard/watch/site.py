@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,8 @@ class Site:
 
     layer: int | str | None
     part: str
-    head: int | tuple[int, ...] | None = None
-    pos: int | range | tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
+    head: int | Sequence[int] | None = None
+    pos: int | Sequence[int] | Sequence[Sequence[int]] | None = None
     steps: str = "all"
 
     def __post_init__(self) -> None:
