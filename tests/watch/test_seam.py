@@ -214,6 +214,29 @@ def test_the_seam_of_a_part_sees_only_that_part():
     assert [(c.layer, c.module is model.blocks[1]) for c in spy.calls] == [("", True)]
 
 
+class Wrapper(nn.Module):
+    """As adapters and data parallelism wrap: arguments passed on without names."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_inputs_are_known_by_name_through_wrappers():
+    model, tokens = Wrapper(Wrapper(llama(layers=1))), ids()
+    for args, kwargs in (((tokens, ones(left=2)), {}), ((), {"input_ids": tokens, "attention_mask": ones(left=2)})):
+        spy = watched(model, lambda a=args, k=kwargs: model(*a, **k))
+        (call,) = spy.calls
+        assert call.layer == "inner.inner.model.layers.0.self_attn"
+        assert torch.equal(call.inputs["input_ids"], tokens)
+        assert call.valid.sum(1).tolist() == [9, 7]
+        assert not call.folded
+
+
 def test_opening_twice_and_again():
     model, spy = OwnModel(), Spy()
     seam = Seam(model, spy)

@@ -293,6 +293,10 @@ def test_images_and_texts_of_different_batches():
     )
     model, image = tr.CLIPModel(config).eval(), torch.randn(3, 3, 16, 16)
     spy = watched(model, lambda: model(input_ids=ids(), attention_mask=ones(right=2), pixel_values=image))
+    # 17 words beside 17 patches: the words' mask is not the patches'
+    words, mask = ids(3, 17), ones(3, 17, right=2)
+    beside = watched(model, lambda: model(input_ids=words, attention_mask=mask, pixel_values=image))
+    assert {(c.layer[:4], c.valid.sum().item()) for c in beside.calls} == {("visi", 51), ("text", 49)}
     vision, text = sorted(spy.calls, key=lambda call: call.layer, reverse=True)
     assert (vision.q.shape[:3], vision.causal, vision.folded, bool(vision.valid.all())) == (
         (3, 4, 17),
@@ -313,3 +317,27 @@ def test_windows_folded_into_the_batch_are_said():
     spy = watched(model, lambda: model(image))
     assert [call.folded for call in spy.calls] == [True, True]
     assert spy.calls[0].q.shape == (8, 4, 16, 4)
+
+
+@torch.no_grad()
+def test_a_mask_over_samples_of_sound_is_not_one_over_frames():
+    torch.manual_seed(1)
+    config = tr.Wav2Vec2Config(
+        **SMALL, num_hidden_layers=1, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    model, sound = tr.Wav2Vec2Model(config).eval(), torch.randn(2, 200)
+    (call,) = watched(model, lambda: model(input_values=sound, attention_mask=ones(2, 200, right=100))).calls
+    assert call.q.shape[2] == 19
+    assert call.valid.sum(1).tolist() == [19, 9]
+    assert call.kv_valid.sum(1).tolist() == [19, 9]
+
+
+@torch.no_grad()
+def test_shared_layers_count_their_calls():
+    torch.manual_seed(1)
+    config = tr.AlbertConfig(**SMALL, num_hidden_layers=3, embedding_size=16, attn_implementation="sdpa")
+    model = tr.AlbertModel(config).eval()
+    spy = watched(model, lambda: model(ids()))
+    name = "encoder.albert_layer_groups.0.albert_layers.0.attention"
+    assert [(c.layer, c.index) for c in spy.calls] == [(name, 0), (name, 1), (name, 2)]

@@ -29,6 +29,11 @@ class Frame:
         return self._bound
 
     @property
+    def wraps(self) -> bool:
+        """Whether it was handed arguments its `forward` has no names for (`*args`): a module around the real one."""
+        return len(self.args) > len(self.params)
+
+    @property
     def hidden(self) -> Tensor | None:
         """The first floating-point tensor argument."""
         for value in self.bound.values():
@@ -43,11 +48,12 @@ class Frame:
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of `module.forward`, in order; empty when Python cannot tell."""
+    """Names of the parameters of `module.forward`, in order, without `*args` and `**kwargs`."""
     try:
-        return tuple(inspect.signature(module.forward).parameters)
+        parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):
         return ()
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 class Forward:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from regard.watch.call import Call
 
 TILE = 1024  # rows of a mask looked at together
+_OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,8 @@ def row_mask(call: Call) -> Bool[Tensor, "batch q_len"]:
         keep &= _at(padding, call.positions.q, batch)
     if call.mask is not None:
         keep &= survey(call).rows
+        if padding is None and call.kind == "self" and not call.causal and q_len == call.k.shape[2]:
+            keep &= survey(call).keys  # nothing states it, but a token that nobody sees is padding
     return keep
 
 
@@ -113,10 +116,12 @@ def _padding(call: Call, side: str) -> Bool[Tensor, "n length"] | None:
     if real is None:
         real = _real(mask, ignored)
         call.state.note(key, mask, real)
-    length = call.q.shape[2] if side == "rows" else call.k.shape[2]
-    if real.shape[0] not in (1, call.q.shape[0]) or (call.folded and real.shape[1] < length):
-        return None
-    return real
+    where = call.positions
+    lengths = {where.first + call.q.shape[2]} if side == "rows" else {where.total, call.k.shape[2]}
+    if call.kind == "self":
+        lengths |= {where.total, call.k.shape[2]}
+    # a mask of another length belongs to another axis (samples of sound, words beside an image)
+    return real if real.shape[0] in (1, call.q.shape[0]) and real.shape[1] in lengths else None
 
 
 def _real(mask: Tensor, ignored: bool) -> Bool[Tensor, "n length"]:
@@ -150,6 +155,8 @@ def _stated(call: Call, side: str) -> tuple[Tensor, bool] | None:
         if "decoder_attention_mask" in params:
             reads_decoder = decoder and not (cross and keys)
             return _flat(bound.get("decoder_attention_mask" if reads_decoder else "attention_mask"), False)
+        if "attention_mask" not in params and any(name in params for name in _OTHER_INPUTS):
+            return None  # a tower of its own; masks further out are for the text
         mask = bound.get("encoder_attention_mask") if cross and keys else bound.get("attention_mask")
         found = _flat(mask, False)
         if found is not None:

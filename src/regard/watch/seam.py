@@ -200,6 +200,8 @@ class Seam(TorchFunctionMode):
                 self._tops = set()
                 self._stack.clear()  # left over where the model was interrupted
             self._tops.add(id(frame.module))
+        elif self._state is not None and self._state.top.wraps:
+            self._state.top = frame  # the module inside knows the names of its arguments
         self._ran.add(frame.name)
         self._stack.append(frame)
 
