@@ -1,0 +1,28 @@
+// Start: theme, hash, sections.
+
+function setTheme(theme, remember) {
+  document.documentElement.dataset.theme = theme;
+  $("theme").setAttribute("aria-label", theme === "dark" ? "Switch to light" : "Switch to dark");
+  $("theme-name").textContent = theme === "dark" ? "Light" : "Dark";
+  if (remember) try { localStorage.setItem("regard-theme", theme); } catch { /* a page without storage still works */ }
+  redraws.forEach((draw) => draw());
+}
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+let chosen = null;
+try { chosen = localStorage.getItem("regard-theme"); } catch { /* no storage */ }
+setTheme(chosen === "dark" || chosen === "light" ? chosen : prefersDark.matches ? "dark" : "light", false);
+prefersDark.addEventListener("change", (e) => { if (!chosen) setTheme(e.matches ? "dark" : "light", false); });
+$("theme").addEventListener("click", () => { chosen = isDark() ? "light" : "dark"; setTheme(chosen, true); });
+
+startGrid();
+startLayers();
+startTokens();
+
+function followHash() {
+  const h = headByKey.get(decodeURIComponent(location.hash.slice(1)));
+  if (h) openHead(h);
+  else if (dialog.open) closeHead();
+}
+addEventListener("hashchange", followHash);
+followHash();
+document.documentElement.dataset.ready = "true";
