@@ -105,25 +105,32 @@ def _runs(used: list[int]) -> list[tuple[int, int, int]]:
 
 
 class Offsets(Reducer):
-    """``sum_i P[i, i - o]`` for each offset ``lo <= o < hi``: [b, h, hi - lo], i and j on the key axis.
+    """``sum_i w_ic P[i, i - o]`` for each offset ``lo <= o < hi``: [b, h, C, hi - lo], i and j on the key axis.
 
-    Negative offsets are later keys. A tile's weights are read along their diagonals through a stride one longer than
-    the row, so every offset costs one read of the tile, whatever their number.
+    ``row_weights`` is [b or 1, q, C]; without it every row counts once and the result is [b, h, hi - lo]. Negative
+    offsets are later keys. A tile's weights are read along their diagonals through a stride one longer than the row, so
+    every offset costs one read of the tile, whatever their number.
     """
 
     needs_diagonals = True
 
-    def __init__(self, lo: int, hi: int) -> None:
+    def __init__(self, lo: int, hi: int, row_weights: Float[Tensor, "batch q_len columns"] | None = None) -> None:
         if lo > hi:
             raise ValueError(f"lo must be <= hi, got lo={lo}, hi={hi}")
-        self.lo, self.hi = lo, hi
+        self.lo, self.hi, self.row_weights = lo, hi, row_weights
 
     def start(self, frame: Frame) -> Start:
         """See `Reducer`."""
-        # Kept by ascending key, that is by descending offset: column x is offset hi - 1 - x.
-        out = frame.zeros(self.hi - self.lo)
         lo, hi = self.lo, self.hi
-        ones = torch.ones(1, max((i1 - i0 for i0, i1 in frame.tiles), default=0), dtype=out.dtype, device=out.device)
+        weights = torch.ones(1, frame.q_len, 1) if self.row_weights is None else self.row_weights
+        if weights.shape[0] not in (1, frame.batch) or weights.shape[1] != frame.q_len:
+            raise ValueError(
+                f"row_weights must be [batch or 1, q_len, columns] with batch {frame.batch} and q_len {frame.q_len}, "
+                f"got {list(weights.shape)}"
+            )
+        weights = weights.to(frame.device, frame.dtype).transpose(1, 2).contiguous()  # [b or 1, C, q]
+        # Kept by ascending key, that is by descending offset: column x is offset hi - 1 - x.
+        out = frame.zeros(weights.shape[1], hi - lo)
 
         def add(tile: Tile) -> None:
             rows, width = tile.rows.stop - tile.rows.start, tile.storage.shape[2]
@@ -135,19 +142,25 @@ class Offsets(Reducer):
             if c0 >= c1:
                 return
             x0 = hi - 1 - base  # column c is kept at x0 + c
+            w = weights
+            if len(w) > 1:
+                w = w[torch.arange(tile.units.start, tile.units.stop, device=frame.device) // frame.heads]
             if c1 > 0:  # row 0 starts at its own beginning
                 f = max(c0, 0)
-                out[tile.units, x0 + f : x0 + c1] += tile.weights[:, 0, f:c1]
+                out[tile.units, :, x0 + f : x0 + c1] += w[:, :, tile.rows.start, None] * tile.weights[:, :1, f:c1]
             if rows == 1:
                 return
             first = tile.storage.storage_offset() + width + 1 + c0  # row 1, sheared column c0
             shape, stride = (tile.count, rows - 1, c1 - c0), (rows * width, width + 1, 1)
             diagonals = torch.as_strided(tile.storage, shape, stride, first)
+            part = w[:, :, tile.rows.start + 1 : tile.rows.stop]
             if tile.count == 1:
-                out[tile.units, x0 + c0 : x0 + c1].add_(ones[:, : rows - 1] @ diagonals[0])
+                out[tile.unit, :, x0 + c0 : x0 + c1].add_(part[0] @ diagonals[0])
             else:
-                out[tile.units, x0 + c0 : x0 + c1].add_(diagonals.sum(1))
+                out[tile.units, :, x0 + c0 : x0 + c1].add_(part.expand(tile.count, -1, -1) @ diagonals)
 
+        if self.row_weights is None:
+            return add, lambda: frame.per_head(out[:, 0].flip(-1))
         return add, lambda: frame.per_head(out.flip(-1))
 
 

@@ -19,7 +19,7 @@ from regard.kernels.tiles import Reducer, tile_pass
 from regard.patterns.pattern import Pattern
 
 from .geometry import BINS, Geometry, one_hot
-from .reducers import Banded, Clipped, Distance, GroupRows, KeyWeights, Rings, SameToken
+from .reducers import Banded, Clipped, GroupRows, KeyWeights, Rings, SameToken
 from .settings import BUDGETS, Watch
 
 SINKS = 4
@@ -93,10 +93,10 @@ class Figures:
             r["columns"] = Columns(weights)
         if not self.positional:
             return
-        if s.has("distance"):
-            r["distance"] = Distance()
-        if s.has("near", "window", "template", "relation"):
-            r["offsets"] = Offsets(*geo.offsets)
+        if s.has("distance", "near", "window", "template", "relation"):
+            # Every row once, and every row by its longest distance.
+            weights = torch.stack([torch.ones_like(geo.longest, dtype=torch.float64), 1 / geo.longest.double()], -1)
+            r["offsets"] = Offsets(*geo.offsets, weights)
         if s.has("template"):
             r["sinks"] = KeyWeights(self._sink_keys())
             if s.templates:
@@ -267,12 +267,8 @@ class Figures:
             out["blocks"] = (blocks @ self._key_bins.to(blocks.dtype)[:, None]).double().sum(0)
         if not self.positional:
             return out
-        if s.has("distance"):
-            far = raw["distance"].double()
-            out["distance"] = far.sum((0, 2))
-            out["distance_norm"] = (far / geo.longest[:, None]).sum((0, 2))
         if "offsets" in raw:
-            self._offsets(raw["offsets"].double(), out)
+            self._offsets(raw["offsets"].double().sum(0), out)
         if s.has("relation"):
             self._relations(raw, out, heads)
         if s.has("template"):
@@ -345,9 +341,12 @@ class Figures:
         out["later"] = torch.einsum("bhgk,bkg->hg", later, keys)
 
     def _offsets(self, profile: Tensor, out: dict[str, Tensor]) -> None:
-        """near and window from the full profile [batch, heads, offsets]."""
+        """distance, near and window from the full profile [heads, 2, offsets]."""
         s, (lo, hi) = self.settings, self.geometry.offsets
-        total = profile.sum(0)
+        if s.has("distance"):
+            far = torch.arange(lo, hi, device=self.device).abs().double()
+            out["distance"], out["distance_norm"] = (profile @ far).unbind(-1)
+        total = profile[:, 0]
         if s.has("near"):
             first = 1 - s.near
             near = torch.zeros(total.shape[0], s.near - first, dtype=torch.float64, device=self.device)
@@ -388,7 +387,7 @@ class Figures:
         s, (lo, hi) = self.settings, self.geometry.offsets
         mass, rows, chance = [], [], []
         zero = torch.zeros(heads, dtype=torch.float64, device=self.device)
-        profile = raw["offsets"].double().sum(0)
+        profile = raw["offsets"][:, :, 0].double().sum(0)
         for name in s.relations:
             if name in ("self", "previous"):
                 offset = 0 if name == "self" else 1
@@ -408,7 +407,7 @@ class Figures:
     def _templates(self, raw: dict[str, Any]) -> Tensor:
         """Mass of every template, [heads, templates], of the layer's weights or of the uniform head's."""
         s, geo = self.settings, self.geometry
-        profile = raw["offsets"].double()
+        profile = raw["offsets"][:, :, 0].double()
         within = self._within(profile)
         sinks = raw["sinks"].double()
         n = geo.length

@@ -23,7 +23,7 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import stream
+from . import residual
 from .atlas import FORMAT, Atlas, variable
 from .call import Call
 from .figures import CLASSES, Figures
@@ -97,7 +97,7 @@ class Recorder:
         self._seam = Seam(self.model, self._on_call)
         self._seam.__enter__()
         if self.settings.stream:
-            self._hooks += stream.attach(self.model, self._before_block, self._after_block)
+            self._hooks += residual.attach(self.model, self._before_block, self._after_block)
         if self.settings.sampled("copy_hits"):
             self._hooks.append(self.model.register_forward_hook(self._after_forward))
         return self
@@ -405,8 +405,8 @@ class Recorder:
             if state.first_hidden is None:
                 state.first_hidden = hidden.detach().float()[torch.arange(len(at), device=at.device), at]
             size = max(int(geo.q_pos.max()) + 1, 1)
-            for name, values in stream.figures(hidden, state.first_hidden).items():
-                state.stream[name] = stream.scatter(state.stream.get(name), values, geo.q_pos, geo.rows, size)
+            for name, values in residual.figures(hidden, state.first_hidden).items():
+                state.stream[name] = residual.scatter(state.stream.get(name), values, geo.q_pos, geo.rows, size)
             if samples.embed_norm is None and self._embed is not None and self._embed[1].shape == geo.q_pos.shape:
                 samples.embed_norm = self._embed[1].gather(1, at[:, None])[:, 0]
 

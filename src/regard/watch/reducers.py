@@ -26,32 +26,6 @@ def _samples(tile: Tile, frame: Frame) -> Tensor:
     return torch.arange(tile.units.start, tile.units.stop, device=frame.device) // frame.heads
 
 
-class Distance(Reducer):
-    """``sum_j P_ij |i-j|``: [b, h, q]; a sum of positive parts, so that short distances keep their digits."""
-
-    def start(self, frame: Frame) -> Start:
-        """See `Reducer`."""
-        out = frame.zeros(frame.q_len)
-
-        def add(tile: Tile) -> None:
-            i0, i1 = tile.rows.start + frame.start, tile.rows.stop + frame.start
-            rows = torch.arange(i0, i1, device=frame.device, dtype=frame.dtype)
-            keys = torch.arange(tile.lo, tile.hi, device=frame.device, dtype=frame.dtype)
-            a, b = min(max(i0 - tile.lo, 0), len(keys)), min(max(i1 - tile.lo, 0), len(keys))
-            total = torch.zeros_like(tile.top)
-            if a > 0:  # before all rows of the tile: (i0 - j) + (i - i0)
-                both = tile.weights[..., :a] @ torch.stack([i0 - keys[:a], torch.ones_like(keys[:a])], 1)
-                total += both[..., 0] + both[..., 1] * (rows - i0)
-            if b > a:
-                total += (tile.weights[..., a:b] * (rows[:, None] - keys[a:b]).abs()).sum(-1)
-            if b < len(keys):  # after all of them: (j - (i1-1)) + (i1-1 - i)
-                both = tile.weights[..., b:] @ torch.stack([keys[b:] - (i1 - 1), torch.ones_like(keys[b:])], 1)
-                total += both[..., 0] + both[..., 1] * (i1 - 1 - rows)
-            out[tile.units, tile.rows] = total
-
-        return add, lambda: frame.per_head(out)
-
-
 class KeyWeights(Reducer):
     """``P[i, j]`` of a few keys: [b, h, q, n] for ``keys`` [b, n] on the key axis; -1 stands for no key (0)."""
 
