@@ -379,19 +379,37 @@ def _check_device(device: str) -> None:
         raise typer.BadParameter(f"{device!r} cannot be used here: {error}", param_hint="--device") from error
 
 
-def _watch_text(loaded: Any, text: str, statistics: str, tokens: int | None) -> Any:
-    import torch
-
+def _encode(loaded: Any, text: str, tokens: int | None) -> dict[str, Any]:
+    """The text as inputs; one that the model cannot take is a usage error."""
     from regard.tasks.text import encode
 
     try:
-        inputs = encode(loaded, text, tokens)
+        return encode(loaded, text, tokens)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--text") from error
+
+
+def _watch_text(loaded: Any, text: str, statistics: str, tokens: int | None) -> Any:
+    import torch
+
+    inputs = _encode(loaded, text, tokens)
     with _working(f"watching {inputs['input_ids'].shape[1]} tokens"), torch.no_grad():
         with regard.watch(loaded.model, statistics=statistics, tokenizer=loaded.tokenizer) as watched:
             loaded.model(**inputs)
     return watched.atlas
+
+
+def _build_report(loaded: Any, out: Path, text: Path | None, image: Path | None, tokens: int | None) -> Any:
+    from regard.report.build import build_report
+
+    if text is not None:
+        source: dict[str, Any] = {"text": _read(text), "tokens": tokens}
+        _encode(loaded, source["text"], tokens)
+    else:
+        source = {"image": image}
+    tokenizer = loaded.tokenizer if text is not None else None
+    with _working(f"watching {text or image}"):
+        return build_report(loaded.model, tokenizer, out=out, title=loaded.name, **source).atlas
 
 
 def _probed(atlas: Any, loaded: Any) -> Any:

@@ -63,19 +63,19 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     from regard.tasks.testbeds import load
 
     loaded = load(model, device=device)
-    judged = [c.id for c in CLAIMS if not c.waits]
-    if reason := below_gate(loaded, "previous_token", "sink"):
-        return [Finding(claim, "not measured", reason=reason) for claim in judged]
     prompts = texts(loaded, SAMPLES[size], PROMPT, seed).to(device)
     ids, entropy = continuations(loaded.model, prompts, seed)
     atlas = _watched(loaded.model, ids)
     response = slice(PROMPT, PROMPT + RESPONSE)
     back, ahead = waad(atlas).values[:, response], fai(atlas).values[:, response]
+    instrument = _instrument(loaded.model, atlas, ids[:1], back[0], ahead[0])
+    if reason := below_gate(loaded, "previous_token", "induction"):
+        return [instrument] + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:] if not c.waits]
     drawn_from, drawn_after = entropy[:, :-1], entropy[:, 1:]
     back_peaks = [evidence.local_maxima(row) for row in back]
     ahead_peaks = [evidence.local_maxima(row) for row in ahead]
     return [
-        _instrument(loaded.model, atlas, ids[:1], back[0], ahead[0]),
+        instrument,
         _entropy(back_peaks, drawn_from, drawn_after, seed),
         _coupling(back_peaks, ahead_peaks, seed),
     ]

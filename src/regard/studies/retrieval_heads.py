@@ -66,9 +66,6 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     from regard.tasks.testbeds import load
 
     loaded = load(model, device=device)
-    ids = [c.id for c in CLAIMS]
-    if reason := below_gate(loaded, "needle_256", "needle_512", "copy_paste"):
-        return [Finding(claim, "not measured", reason=reason) for claim in ids]
     generator = torch.Generator().manual_seed(seed)
     tests, other = {}, {}
     for length in LENGTHS[size]:
@@ -79,10 +76,12 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
         other[length] = batches(loaded, OtherCode(tasks[0]), each, generator)
     scores = {length: copy_scores(loaded.model, drawn) for length, drawn in tests.items()}
     floors = {n: float(copy_scores(loaded.model, drawn).mean(-1).max()) for n, drawn in other.items()}
-    right = {length: exact(loaded.model, drawn) for length, drawn in tests.items()}
     short, far = LENGTHS[size][0], LENGTHS[size][-1]
-    findings = [_score(loaded.model, tests[short], scores[short]), _few(scores, floors)]
-    findings.append(_same(scores[short], scores[far], floors, seed))
+    findings = [_score(loaded.model, tests[short], scores[short])]
+    if reason := below_gate(loaded, "needle_256", "needle_512", "copy_paste"):
+        return findings + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:]]
+    right = {length: exact(loaded.model, drawn) for length, drawn in tests.items()}
+    findings += [_few(scores, floors), _same(scores[short], scores[far], floors, seed)]
     if right[far].mean() < GATE or right[short].mean() < GATE:
         shown = ", ".join(f"{100 * r.mean():.0f}% at {length}" for length, r in right.items())
         reason = f"testbed below its gate: exact match {shown}, {100 * GATE:.0f}% needed"

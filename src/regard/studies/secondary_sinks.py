@@ -65,13 +65,13 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     from regard.tasks.testbeds import load
 
     loaded = load(model, device=device)
-    if reason := below_gate(loaded, "sink"):
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS]
     ids = texts(loaded, SAMPLES[size], LENGTH, seed).to(device)
     parts = regard.anatomy(loaded.model, {"input_ids": ids[:2]})
     plain = _watched(loaded.model, ids)
-    life = sink_lifetime(plain)
-    findings = [_cosine(loaded.model, ids[:4], plain, parts), _levels(life, len(parts))]
+    findings = [_cosine(loaded.model, ids[:4], plain, parts)]
+    if reason := below_gate(loaded, "sink"):
+        return findings + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:]]
+    findings.append(_levels(sink_lifetime(plain), len(parts)))
 
     generator = np.random.default_rng(seed)
     # In the first half, so that many later rows can look at them; never the first tokens, which may be sinks already.
