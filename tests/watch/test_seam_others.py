@@ -65,7 +65,8 @@ def test_timm_swin_is_refused_unfused_and_said_to_fold():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     with pytest.raises(SeamError, match=r"'layers.0.blocks.0.attn'.* set `fused_attn = True` on these modules"):
-        Seam(model, Spy()).__enter__()
+        with Seam(model, Spy()):
+            pass
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = True
@@ -135,7 +136,8 @@ def test_diffusers_old_processors_are_refused():
     model = BasicTransformerBlock(32, 4, 8)
     model.attn1.set_processor(AttnProcessor())
     with pytest.raises(SeamError, match=r"'attn1' run attention by diffusers' AttnProcessor.*AttnProcessor2_0"):
-        Seam(model, Spy()).__enter__()
+        with Seam(model, Spy()):
+            pass
 
 
 # -- hand-written
