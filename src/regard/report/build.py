@@ -21,7 +21,8 @@ from markupsafe import Markup
 from torch import Tensor, nn
 
 from regard import __version__
-from regard.measures.roles import roles
+from regard.measures.roles import RoleTable, name_heads
+from regard.measures.scores import role_scores
 from regard.watch.atlas import Atlas
 from regard.watch.recorder import Watch, token_texts, watch
 
@@ -41,11 +42,12 @@ CELLS_WHOLE = 6_500_000
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written: where, how large, and the atlas behind it."""
+    """A page that was written: where, its size in bytes, and the atlas and roles it shows."""
 
     path: Path
     size: int
     atlas: Atlas
+    roles: RoleTable
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -59,6 +61,7 @@ def report(
     title: str | None = None,
     summary: str | None = None,
     extras: Extras | None = None,
+    probes: Mapping[str, Atlas] | None = None,
 ) -> Report:
     """Write the page of an atlas: maps, roles, evidence, profiles; one file, no network, light and dark.
 
@@ -70,6 +73,8 @@ def report(
         title: heading of the page; default the model's name.
         summary: a line about the text; default its first tokens.
         extras: token axes, a picture, the first query; `build_report` fills it.
+        probes: role scores to take from another atlas of the same model, `{"retrieval": atlas, "induction": atlas}`:
+            some roles are judged by a task (needles, repeated tokens) and not by the text on the page.
 
     Raises:
         AtlasError: the atlas holds no attention layer or lacks what roles are judged by.
@@ -77,10 +82,11 @@ def report(
     extras = extras or Extras()
     if windows is not None:
         extras = replace(extras, closeups=windows)
-    page = render(atlas, extras, title=title, summary=summary)
+    table = judge(atlas, probes or {})
+    page = render(atlas, table, extras, title=title, summary=summary, probes=tuple(probes or ()))
     path = Path(path)
     path.write_text(page, encoding="utf-8", newline="\n")
-    return Report(path, len(page.encode("utf-8")), atlas)
+    return Report(path, len(page.encode("utf-8")), atlas, table)
 
 
 def build_report(
@@ -94,6 +100,7 @@ def build_report(
     windows: Sequence[tuple[int, int]] | None = None,
     title: str | None = None,
     tokens: int | None = None,
+    probes: Mapping[str, Atlas] | None = None,
 ) -> Report:
     """Watch a model on one text, picture or batch of one, and write the page.
 
@@ -109,6 +116,7 @@ def build_report(
             one its last tokens, as many as the page has room for.
         title: heading of the page; default the model's name.
         tokens: take only so many tokens of the text; None takes all or refuses.
+        probes: as for `report`.
 
     Raises:
         ValueError: not exactly one of text, image, inputs; a text without tokenizer or longer than the model takes; a
@@ -148,21 +156,48 @@ def build_report(
     extras = Extras(closeups, axes, axis_of, picture, query=_first_query(picture, chosen))
     name = os.path.basename(str(image)) if isinstance(image, str | os.PathLike) else "a picture"
     summary = text if text is not None else name if image is not None else None
-    return report(seen.atlas, out, title=title, summary=summary, extras=extras)
+    return report(seen.atlas, out, title=title, summary=summary, extras=extras, probes=probes)
 
 
-def render(atlas: Atlas, extras: Extras, *, title: str | None = None, summary: str | None = None) -> str:
+def judge(atlas: Atlas, probes: Mapping[str, Atlas]) -> RoleTable:
+    """Roles of the atlas's heads, the scores of some roles taken from other atlases of the same model."""
+    scores = role_scores(atlas).copy()
+    labels = [str(label) for label in scores["role"].values]
+    missing = dict(scores.attrs.get("missing", {}))
+    for role, probe in probes.items():
+        own = [label for label in labels if label == role or label.startswith(f"{role}/")]
+        if not own:
+            raise ValueError(f"probes: no role {role!r}; roles are {', '.join(x for x in labels if '/' not in x)}")
+        other = role_scores(probe)
+        if other["layer"].values.tolist() != scores["layer"].values.tolist() or other.shape[1] != scores.shape[1]:
+            raise ValueError(f"probes: the atlas for {role!r} has other layers or heads than the atlas shown")
+        scores.loc[{"role": own}] = other.sel(role=own).transpose(*scores.dims).values
+        missing = {k: v for k, v in missing.items() if k not in own} | {
+            k: v for k, v in other.attrs.get("missing", {}).items() if k in own
+        }
+    scores.attrs["missing"] = missing
+    return name_heads(scores)
+
+
+def render(
+    atlas: Atlas,
+    table: RoleTable,
+    extras: Extras,
+    *,
+    title: str | None = None,
+    summary: str | None = None,
+    probes: Sequence[str] = (),
+) -> str:
     """The page as a string."""
-    table = roles(atlas)
     header, blob = payload(atlas, table, extras)
     style, script = _style(), _script()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(_file("page.html.j2"))
     return page.render(
-        title=title or _title(atlas),
+        title=_short(title) if title else _title(atlas),
         excerpt=_excerpt(summary, header),
         facts=_facts(atlas, header),
-        notes=_notes(atlas, header, table.not_measured()),
+        notes=_notes(atlas, header, table.not_measured(), probes),
         received_note=_received_note(header),
         picture=extras.picture is not None,
         version=__version__,
@@ -294,8 +329,12 @@ def _name(model: nn.Module) -> str:
 
 def _title(atlas: Atlas) -> str:
     name = str(atlas.attrs.get("model", "")).rstrip("/\\")
-    # A folder's last part names the model; the rest of the path is nobody's business.
-    return (os.path.basename(name) if os.path.isabs(name) else name) or "Attention heads"
+    return _short(name) or "Attention heads"
+
+
+def _short(name: str) -> str:
+    """A folder's last part names the model; the rest of the path is nobody's business."""
+    return os.path.basename(name.rstrip("/\\")) if os.path.isabs(name) else name
 
 
 def _date(atlas: Atlas) -> str:
@@ -338,7 +377,9 @@ def _received_note(header: Mapping[str, Any]) -> str:
     )
 
 
-def _notes(atlas: Atlas, header: Mapping[str, Any], unmeasured: Mapping[str, str]) -> list[tuple[str, str]]:
+def _notes(
+    atlas: Atlas, header: Mapping[str, Any], unmeasured: Mapping[str, str], probes: Sequence[str]
+) -> list[tuple[str, str]]:
     """What each figure means and how exact it is, in plain words."""
     quant = header["quant"]
     error = 100 * ((1 / quant["floor"]) ** (0.5 / (quant["levels"] - 1)) - 1)
@@ -347,14 +388,14 @@ def _notes(atlas: Atlas, header: Mapping[str, Any], unmeasured: Mapping[str, str
     notes = [
         (
             "What is exact",
-            "Measures, scores and profiles are computed from every weight of the text, in one pass over the model’s own "
-            "queries and keys; the matrix of weights is never stored. Maps and windows keep each value in one byte: "
+            "Measures, scores and profiles are computed from every weight of the text, in one pass over the model’s "
+            "own queries and keys; the matrix of weights is never stored. Maps and windows keep each value in one byte: "
             f"within ±{error:.1f}% of itself, below {quant['floor']:.0e} shown as less than that.",
         ),
         (
             "Maps",
-            "A block map shows, for a block of queries, which share of their mass each block of keys gets; it covers the "
-            "whole text. Exact windows show single weights, normalised over all keys, inside the window or not.",
+            "A block map shows, for a block of queries, which share of their mass each block of keys gets; it covers "
+            "the whole text. Exact windows show single weights, normalised over all keys, inside the window or not.",
         ),
         (
             "Under window + sinks",
@@ -367,6 +408,10 @@ def _notes(atlas: Atlas, header: Mapping[str, Any], unmeasured: Mapping[str, str
             "specific to general. A head with none is mixed. Every threshold is shown with its source.",
         ),
     ]
+    if probes:
+        notes.append(
+            ("Judged on tasks", f"{', '.join(probes)}: scores from prompts made for the purpose, not this text.")
+        )
     if unmeasured:
         notes.append(("Not judged here", "; ".join(f"{role}: {why}" for role, why in unmeasured.items()) + "."))
     watched = f"Statistics: {', '.join(names) if isinstance(names, list) else names}. " if names else ""
@@ -379,5 +424,3 @@ def _notes(atlas: Atlas, header: Mapping[str, Any], unmeasured: Mapping[str, str
     if watched:
         notes.append(("Provenance", watched))
     return notes
-
-

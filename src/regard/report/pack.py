@@ -74,7 +74,7 @@ class Blob:
 
 def triangle(maps: np.ndarray) -> tuple[np.ndarray, bool]:
     """Maps [n, rows, cols] flattened row by row; only the lower triangle where the rest is zero."""
-    n, rows, cols = maps.shape
+    rows, cols = maps.shape[1:]
     if rows == cols and not np.any(np.triu(np.nan_to_num(maps), 1)):
         return maps[:, *np.tril_indices(rows)].reshape(-1), True
     return maps.reshape(-1), False

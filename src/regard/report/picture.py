@@ -32,7 +32,9 @@ def as_inputs(model: nn.Module, image: Any, processor: Any = None) -> tuple[dict
     mean, std = _normalisation(model, processor)
     if processor is None:
         height, width = _size(model)
-        raw = torch.frombuffer(bytearray(image.resize((width, height), Image.Resampling.BICUBIC).tobytes()), dtype=torch.uint8)
+        raw = torch.frombuffer(
+            bytearray(image.resize((width, height), Image.Resampling.BICUBIC).tobytes()), dtype=torch.uint8
+        )
         shown = raw.view(height, width, 3).permute(2, 0, 1).float() / 255
         pixels = (shown - mean) / std
     else:

@@ -197,7 +197,7 @@ def close_up(
         top: how many of each row's heaviest keys to keep, wherever they lie.
 
     Returns:
-        One `Closeup` a layer, by its name in the atlas (that of its module). Layers that fold windows into the batch are left out.
+        One `Closeup` a layer, by its name in the atlas. Layers that fold windows into the batch are left out.
     """
     watcher = _Watcher(model, windows, blocks, top)
     with torch.no_grad(), Seam(model, watcher):

@@ -25,6 +25,8 @@ function num(x, digits = 3) {
   if (a >= 1000) return Math.round(x).toLocaleString("en");
   return String(Number(x.toPrecision(digits)));
 }
+/** A share in percent, to a tenth. */
+const percent = (x) => (x === null || Number.isNaN(x) ? "–" : x > 0 && x < 0.0005 ? "< 0.1%" : `${(100 * x).toFixed(1)}%`);
 const weightText = (w) => (w > 0 ? num(w) : `< ${num(header.quant.floor)}`);
 const headText = (h) => `Layer ${layers[h.layer].index}, head ${h.head}`;
 

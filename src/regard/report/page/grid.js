@@ -193,6 +193,9 @@ function startGrid() {
     sync(); update();
     $("search").focus();
   });
+  // Few heads a layer: larger maps; many: as many as fit.
+  const most = Math.max(...layers.map((l) => l.heads));
+  $("grid").style.setProperty("--cell", `${Math.round(Math.min(150, Math.max(76, 1380 / most - 9)))}px`);
   roving($("grid"), () => [...$("grid").querySelectorAll(".cell")], () => columnsOf($("grid")));
   sync();
   update();

@@ -56,7 +56,8 @@ function drawHead(h) {
   $("head-title").textContent = headText(h);
   $("head-role").replaceChildren(roleChip(h.role));
   $("head-module").textContent = `${layer.name}${h.kind === "cross" ? " · cross-attention" : ""}`;
-  $("head-why").textContent = role.rule;
+  const also = header.rules.filter((r, i) => header.holds[h.layer][h.head][i] && r.role !== h.role).map((r) => roles.get(r.role).label);
+  $("head-why").textContent = `${role.label[0].toUpperCase()}${role.label.slice(1)}: ${role.rule}.${also.length ? ` Also holds: ${also.join(", ")}.` : ""}`;
   drawLevels(h);
   drawFacts(h);
   drawEvidence(h);
@@ -207,11 +208,11 @@ function drawEvidence(h) {
         el("td", {}, n === 0 ? sign(holds) : null),
         el("td", { class: "what", text: c.label }),
         el("td", { class: "number", text: num(value) }),
-        el("td", {}, `${{ ">=": "≥", "<=": "≤" }[c.op] ?? c.op} ${num(c.threshold)} `, sign(passes), n && rule.combine === "any" ? " (or)" : ""),
+        el("td", { class: "needs" }, `${n && rule.combine === "any" ? "or " : ""}${{ ">=": "≥", "<=": "≤" }[c.op] ?? c.op} ${num(c.threshold)} `, rule.conditions.length > 1 ? sign(passes) : null),
         el("td", { class: "source", text: c.from })));
     });
   }
-  $("evidence").replaceChildren(el("thead", {}, el("tr", {}, ...["Role", "Holds", "Score", "Value", "Needs", "From"].map((t) => el("th", { scope: "col", text: t })))), el("tbody", {}, ...rows));
+  $("evidence").replaceChildren(el("thead", {}, el("tr", {}, ...["Role", "", "Score", "Value", "Needs", "Threshold from"].map((t) => el("th", { scope: "col", text: t })))), el("tbody", {}, ...rows));
 }
 
 function bar(value, max = 1) {
@@ -222,8 +223,8 @@ function drawBudgets(h) {
   const list = header.budgets.map((b) => ({ ...b, kept: b.recall[h.layer][h.head] })).filter((b) => b.kept !== null);
   $("budgets-box").hidden = !list.length;
   $("budgets").replaceChildren(...list.map((b) => el("div", { class: "budget" },
-    el("div", { class: "budget-top" }, el("span", { text: b.label }), el("strong", { text: `loses ${num(100 * (1 - b.kept), 2)}%` })),
-    bar(b.kept), el("div", { class: "fine", text: `keeps ${num(100 * b.kept)}% of the mass with ${num(100 * b.share[h.layer][h.head], 2)}% of the pairs` }))));
+    el("div", { class: "budget-top" }, el("span", { text: b.label }), el("strong", { text: `loses ${percent(1 - b.kept)}` })),
+    bar(b.kept), el("div", { class: "fine", text: `keeps ${percent(b.kept)} of the mass with ${percent(b.share[h.layer][h.head])} of the pairs` }))));
 }
 
 function drawReceived(h) {

@@ -9,7 +9,7 @@ function tokenHeads() {
   if (view.source.startsWith("role:")) return list.filter((h) => h.role === view.source.slice(5));
   return list.filter((h) => h.key === view.source.slice(5));
 }
-const tokenRole = () => (view.source.startsWith("role:") ? view.source.slice(5) : view.source.startsWith("head:") ? headByKey.get(view.source.slice(5)).role : "mixed");
+const tokenRole = () => (view.source.startsWith("role:") ? view.source.slice(5) : view.source.startsWith("head:") ? headByKey.get(view.source.slice(5)).role : "all");
 
 /** Positions whose rows are exact: [first, last + 1] of each window of self-attention. */
 function exactRows() {
@@ -60,12 +60,13 @@ function drawQuery() {
   const max = all[0]?.[1] ?? 1;
   $("query-name").textContent = axis ? `“${tokenAt(axis, i)}” at ${i}` : `position ${i}`;
   $("query-at").value = i;
+  $("token-view").style.setProperty("--role", `var(--role-${role})`);
   paintTokens(i, new Map(all), max, role, row);
   const sum = (list) => list.reduce((a, [, v]) => a + v, 0);
   const w = row.window;
   $("query-note").textContent = w.covers
     ? `All ${num(w.keys[1] - w.keys[0])} keys are exact.`
-    : `Exact for keys ${w.keys[0]}–${w.keys[1] - 1}: ${num(100 * sum(row.inside))}% of the mass. Keys outside come from the ${w.top} heaviest of each head${row.n > 1 ? ", so their means are lower bounds" : ", exact too"}: ${num(100 * sum(row.outside))}%.`;
+    : `Exact for keys ${w.keys[0]}–${w.keys[1] - 1}: ${percent(sum(row.inside))} of the mass. Keys outside come from the ${w.top} heaviest of each head${row.n > 1 ? ", so their means are lower bounds" : ", exact too"}: ${percent(sum(row.outside))}.`;
   $("top-keys").replaceChildren(...all.slice(0, 12).map(([k, v]) => el("li", {},
     el("span", { class: "tok", text: tokenAt(axis, k) || "key" }), el("span", { class: "pos", text: k }), bar(v, max), el("span", { class: "number", text: num(v) }))));
   drawLooks(i);
@@ -92,6 +93,9 @@ function drawSpan() {
   const [a, b] = view.span;
   tokenNodes = new Map();
   const box = $("tokens");
+  // Word pieces carry no white space: keep them apart. Short texts can be larger.
+  box.classList.toggle("words", axis.filter((t) => /\s/.test(t)).length < axis.length / 50);
+  box.classList.toggle("short", axis.length <= 160);
   const nodes = [];
   for (let i = a; i < b; i++) {
     const text = axis[i];
