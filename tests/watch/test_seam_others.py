@@ -162,6 +162,18 @@ def test_own_model_with_a_cache_by_concatenation():
 
 
 @torch.no_grad()
+def test_a_cache_that_nothing_tells_of_has_no_positions():
+    """Opened in the middle of generation, keys may as well be learned memories."""
+    torch.manual_seed(1)
+    model, past, spy = OwnModel().eval(), [[], []], Spy()
+    model(x(2, 6, 32), past=past)
+    with Seam(model, spy):
+        model(x(2, 1, 32), past=past)
+        model(x(2, 1, 32), past=past)
+    assert [c.positions_known for c in spy.calls] == [False, False, True, True]
+
+
+@torch.no_grad()
 def test_own_cross_attention():
     torch.manual_seed(1)
     model = OwnModel().eval()
@@ -288,6 +300,36 @@ def test_own_static_buffer(told):
         ([6, 7, 8], 6, 9, "prompt"),
     ]
     assert all(c.causal and c.positions_known for c in spy.calls)
+
+
+class Core(nn.Module):
+    """A part without weights that is handed queries and keys, as some models write it."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class Outer(nn.Module):
+    def __init__(self, heads: bool):
+        super().__init__()
+        self.heads, self.core, self.qkv = heads, Core(), nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if context is not None:
+            _, k, v = self.qkv(context).chunk(3, -1)
+        if self.heads:
+            q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in (q, k, v))
+        return self.core(q, k, v)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_attention_made_by_a_part_without_weights(heads):
+    torch.manual_seed(1)
+    model = Outer(heads)
+    for context, kind in ((None, "self"), (x(2, 5, 16, seed=3), "cross")):
+        (call,) = watched(model, lambda c=context: model(x(2, 5, 16), c)).calls
+        assert (call.layer, call.kind) == ("core", kind)
 
 
 class Pooled(nn.Module):

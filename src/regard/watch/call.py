@@ -54,6 +54,8 @@ class Call:
     scale: float
     dropout: float
     enable_gqa: bool
+    keys_before: int | None = field(repr=False)
+    """kv_len of this layer's call in the forward before; None at its first."""
     layout: Layout = field(repr=False)
     """How the model's own tensors were packed."""
     frames: tuple[Frame, ...] = field(repr=False)

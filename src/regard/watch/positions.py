@@ -81,10 +81,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def own_frame(call: Call) -> Frame:
-    """The innermost module that was handed a sequence rather than heads: the attention layer itself."""
+    """The innermost module with weights that was handed a sequence rather than heads: the attention layer itself."""
     for frame in reversed(call.frames[-3:]):
         hidden = frame.hidden
-        if hidden is not None and hidden.ndim <= 3:
+        if hidden is not None and hidden.ndim <= 3 and next(frame.module.parameters(), None) is not None:
             return frame
     return call.frames[-1]
 
@@ -151,14 +151,14 @@ def locate(call: Call) -> Positions:
         return _build(call, first=0, kv_first=0, q_start=0, total=kv_len, known=not extra)
     if kv_len < q_len:
         return _build(call, first=0, kv_first=0, q_start=0, total=kv_len, known=False)
-    start = _stated_start(call)
+    # Keys held by the layer itself. Taken as the tokens before when something says so: a position it was handed, a
+    # mask that ends before the buffer does, or the layer's last call, which had just these keys.
+    start, last = _stated_start(call), _last_allowed(call)
+    known = start is not None or last < kv_len - 1 or call.keys_before == kv_len - q_len
     if start is None:
-        start = _last_allowed(call) + 1 - q_len
-    hidden = own_frame(call).hidden
-    cached = hidden is not None and hidden.ndim >= 2 and hidden.shape[-2] == q_len
-    return _build(
-        call, first=start, kv_first=0, q_start=start, total=start + q_len, known=cached and 0 <= start <= kv_len - q_len
-    )
+        start = last + 1 - q_len
+    known = known and 0 <= start <= kv_len - q_len
+    return _build(call, first=start, kv_first=0, q_start=start, total=start + q_len, known=known)
 
 
 def _build(call: Call, *, first: int, kv_first: int, q_start: int, total: int, known: bool = True) -> Positions:

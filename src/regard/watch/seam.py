@@ -88,7 +88,7 @@ class Seam(TorchFunctionMode):
         self._made: set[str] = set()
         self._callers: set[str] = set()
         self._trusted: dict[int, bool] = {}
-        self._params: dict[int, tuple[str, ...]] = {}
+        self._lengths: dict[tuple[str, int], int] = {}
 
     # -- opening and closing
 
@@ -268,6 +268,8 @@ class Seam(TorchFunctionMode):
         layout = layout_of(q, k, v, mask, gqa, frame, state.batches(frame.module), self._trusted)
         index = state.counts.get(frame.name, 0)
         state.counts[frame.name] = index + 1
+        before = self._lengths.get((frame.name, index))
+        self._lengths[frame.name, index] = k.shape[-2]
         return Call(
             layer=frame.name,
             module=frame.module,
@@ -281,6 +283,7 @@ class Seam(TorchFunctionMode):
             scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
             dropout=dropout,
             enable_gqa=gqa,
+            keys_before=before,
             layout=layout,
             frames=tuple(self._stack),
             state=state,
