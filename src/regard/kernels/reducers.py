@@ -203,7 +203,7 @@ class Top(Reducer):
 
 
 def _argmax(weights: Tensor, block: int = 64) -> Tensor:
-    """Index of the largest in each row: first the block that holds it, then within it. Much faster than argmax alone."""
+    """Index of the largest in each row: first the block that holds it, then within it (argmax alone is slow)."""
     count = weights.shape[-1] // block
     if weights.device.type != "cpu" or count < 4:
         return weights.argmax(-1)
