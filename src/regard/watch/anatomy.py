@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from regard.watch.probe import Attended, Event, Probe, example_inputs, first_tensor, probe, quiet, run
+from regard.watch import ends
+from regard.watch.probe import Probe, example_inputs, first_tensor, probe, quiet, run
+from regard.watch.stream import adds, walk
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def anatomy(model: nn.Module, inputs: Any = None, **given: Any) -> Anatomy:
         return _known[model][1]
     batch = example_inputs(model) if inputs is None else inputs
     seen = probe(model, batch)
-    blocks = tuple(given["blocks"]) if "blocks" in given else _blocks(model, seen)
+    blocks = tuple(given["blocks"]) if "blocks" in given else ends.blocks(model, seen)
     _exist(model, "blocks", blocks)
     found = _assemble(model, blocks, seen)
     for name, value in given.items():
@@ -139,7 +140,8 @@ def anatomy(model: nn.Module, inputs: Any = None, **given: Any) -> Anatomy:
             _exist(model, name, (value,))
             found = replace(found, **{name: value})
         elif name != "blocks":
-            found = replace(found, **{name: _per_block(model, name, value, blocks)})
+            rows: dict[str, Any] = {name: _per_block(model, name, value, blocks)}
+            found = replace(found, **rows)
     found = _check_mid(model, batch, found, checked="mid" not in given)
     found = replace(found, missing={k: v for k, v in found.missing.items() if k not in given})
     if inputs is None and not given:
@@ -169,62 +171,14 @@ def _exist(model: nn.Module, field_name: str, names: tuple[str | None, ...]) -> 
             raise ValueError(f"{field_name}: the model has no module {name!r}" + (f"; near it: {near}" if near else ""))
 
 
-def _blocks(model: nn.Module, seen: Probe) -> tuple[str, ...]:
-    """The items of the ModuleList (or Sequential) that hold one self-attention each.
-
-    Of nested lists the one with most such items wins; on equal counts a ModuleList, then the outermost.
-    """
-    names = list(dict.fromkeys(c.layer for c in seen.calls))
-    own = {c.layer for c in seen.calls if c.kind == "self"} or set(names)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: list[str] = []
-    for name in names:
-        parts = name.split(".")
-        best: tuple[tuple[int, bool, int], str] | None = None
-        for depth in range(len(parts)):
-            holder, item = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
-            if not isinstance(modules[holder], (nn.ModuleList, nn.Sequential)):
-                continue
-            inside: dict[str, int] = {}
-            for other in own:
-                if not holder or other.startswith(holder + "."):
-                    key = ".".join(other.split(".")[: depth + 1])
-                    inside[key] = inside.get(key, 0) + 1
-            if inside.get(item) == 1 and max(inside.values()) == 1:
-                rank = (len(inside), isinstance(modules[holder], nn.ModuleList), -depth)
-                if best is None or rank > best[0]:
-                    best = (rank, item)
-        # Outside any list: the module around the attention.
-        block = best[1] if best else ".".join(parts[:-1])
-        if block not in found:
-            found.append(block)
-    starts = {e.name: e.start for e in reversed(seen.events)}
-    return tuple(sorted(found, key=lambda b: starts.get(b, 0)))
-
-
-@dataclass
-class _Parts:
-    """What the walk along the stream of one block found."""
-
-    attn: Attended | None = None
-    attn_out: str | None = None
-    cross: Attended | None = None
-    cross_out: str | None = None
-    mid: tuple[str, str] | None = None
-    mlp: str | None = None
-    parallel: bool = False
-    out_proj: str | None = None
-    why: dict[str, str] = field(default_factory=dict)
-
-
 def _assemble(model: nn.Module, blocks: tuple[str, ...], seen: Probe) -> Anatomy:
-    walked = [_walk(model, name, seen) for name in blocks]
+    walked = [walk(model, name, seen) for name in blocks]
     with_cross = {b.rpartition(".")[0] for b, w in zip(blocks, walked, strict=True) if w.cross}
     missing: dict[str, str] = {}
     for name, parts in zip(blocks, walked, strict=True):
         for what, why in parts.why.items():
             missing.setdefault(what, f"{name}: {why}; give {what}= to anatomy()")
-    embed, unembed = _embed(model, blocks, seen), _unembed(model, seen)
+    embed, unembed = ends.embed(model, blocks, seen), ends.unembed(model, seen)
     if embed is None:
         missing["embed"] = "no module turned the input into vectors; give embed="
     if unembed is None:
@@ -233,210 +187,23 @@ def _assemble(model: nn.Module, blocks: tuple[str, ...], seen: Probe) -> Anatomy
     weights = [getattr(modules[n], "weight", None) if n is not None else None for n in (embed, unembed)]
     return Anatomy(
         blocks=blocks,
-        attn=tuple(w.attn and w.attn.layer for w in walked),
+        attn=tuple(w.attn.layer if w.attn else None for w in walked),
         attn_out=tuple(w.attn_out for w in walked),
         mlp=tuple(w.mlp for w in walked),
         mid=tuple(w.mid for w in walked),
         out_proj=tuple(w.out_proj for w in walked),
-        cross=tuple(w.cross and w.cross.layer for w in walked),
+        cross=tuple(w.cross.layer if w.cross else None for w in walked),
         cross_out=tuple(w.cross_out for w in walked),
         parallel=tuple(w.parallel for w in walked),
         decoder=tuple(b.rpartition(".")[0] in with_cross for b in blocks),
-        heads=tuple(w.attn and w.attn.heads for w in walked),
-        kv_heads=tuple(w.attn and w.attn.kv_heads for w in walked),
+        heads=tuple(w.attn.heads if w.attn else None for w in walked),
+        kv_heads=tuple(w.attn.kv_heads if w.attn else None for w in walked),
         embed=embed,
         unembed=unembed,
-        final_norm=_final_norm(model, blocks, seen),
+        final_norm=ends.final_norm(model, blocks, seen),
         tied=weights[0] is not None and weights[0] is weights[1],
         missing=missing,
     )
-
-
-def _walk(model: nn.Module, block: str, seen: Probe) -> _Parts:
-    """Follow the stream through one block: before, after attention, after cross-attention, after the MLP."""
-    parts = _Parts()
-    runs = [e for e in seen.events if e.name == block]
-    if len(runs) != 1:
-        parts.why["attn_out"] = parts.why["mlp"] = f"ran {len(runs)} times in one forward pass"
-        return parts
-    whole = runs[0]
-    inner = [e for e in seen.events if whole.start < e.start and e.end < whole.end]
-    calls = [c for c in seen.calls if whole.start < c.time < whole.end]
-    parts.attn = next((c for c in calls if c.kind == "self"), None)
-    parts.cross = next((c for c in calls if c.kind == "cross"), None)
-    if parts.attn is not None:
-        parts.out_proj = _out_proj(model, parts.attn, inner)
-    x, y = whole.given, whole.result
-    if x is None or y is None or x.ndim != 3 or x.shape != y.shape:
-        parts.why["attn_out"] = parts.why["mlp"] = "its first input and output are not streams of one shape [b, n, d]"
-        return parts
-    # Some models flatten batch and length inside a block; a module that runs twice cannot be told apart.
-    names = [e.name for e in inner]
-    inner = [_as_stream(e, x.shape) for e in inner if names.count(e.name) == 1]
-    stream = [e for e in inner if e.result is not None and e.result.shape == x.shape]
-    # Possible states of the stream, each with where it is met: an input (before a norm) or an output (after one).
-    states: list[tuple[Tensor, tuple[str, str] | None, int]] = [(x, None, whole.start)]
-    for call in (parts.attn, parts.cross):
-        if call is None:
-            continue
-        step = _next_state(states, call, stream, inner)
-        if step is None:
-            break
-        writer, reader = step
-        if call is parts.attn:
-            parts.attn_out = writer.name
-        else:
-            parts.cross_out = writer.name
-        assert reader.given is not None
-        states = [(reader.given, (reader.name, "input"), reader.start)]
-        if reader.result is not None and reader.result.shape == x.shape:
-            states.append((reader.result, (reader.name, "output"), reader.end))
-    if parts.attn is not None and parts.attn_out is None:
-        _walk_parallel(parts, x, y, stream)
-    else:
-        _walk_mlp(parts, states, y, stream)
-    if parts.attn is not None and parts.attn_out is None:
-        parts.why["attn_out"] = "no module's output is what the stream gains by attention"
-    if parts.cross is not None and parts.cross_out is None:
-        parts.why["cross_out"] = "no module's output is what the stream gains by cross-attention"
-    if parts.mlp is None:
-        parts.why["mlp"] = "no module's output is what the stream gains after attention"
-    return parts
-
-
-def _as_stream(e: Event, shape: torch.Size) -> Event:
-    flat = (shape[0] * shape[1], shape[2])
-    given = e.given.view(shape) if e.given is not None and e.given.shape == flat else e.given
-    result = e.result.view(shape) if e.result is not None and e.result.shape == flat else e.result
-    return replace(e, given=given, result=result)
-
-
-def _next_state(states: list, call: Attended, stream: list[Event], inner: list[Event]) -> tuple[Event, Event] | None:
-    """The writer w and the reader r with `r's input = state + c * w's output`: the first reader, the last writer."""
-    shape = states[0][0].shape
-    readers = [e for e in inner if e.start > call.time and e.given is not None and e.given.shape == shape]
-    for reader in readers:
-        for writer in sorted((e for e in stream if call.time < e.end < reader.start), key=lambda e: -e.end):
-            if any(_adds(state, writer.result, reader.given) for state, _, _ in states):
-                return writer, reader
-    return None
-
-
-def _walk_mlp(parts: _Parts, states: list, y: Tensor, stream: list[Event]) -> None:
-    """The last writer w with `y = state + c * w's output`, or with a norm from that sum to y."""
-    ends = [(y, float("inf"))]
-    ends += [(e.given, e.start) for e in stream if e.given is not None and torch.equal(e.result, y)]  # type: ignore[arg-type]
-    for state, where, time in states:
-        for target, limit in ends:
-            for writer in sorted((e for e in stream if time < e.end < limit), key=lambda e: -e.end):
-                if writer.start > time and _adds(state, writer.result, target):
-                    parts.mlp = writer.name
-                    parts.mid = where
-                    return
-
-
-def _walk_parallel(parts: _Parts, x: Tensor, y: Tensor, stream: list[Event]) -> None:
-    """`y = x + attention + mlp`, both read from x."""
-    assert parts.attn is not None
-    name = parts.attn.layer
-    around = [e for e in stream if name == e.name or name.startswith(e.name + ".")]
-    beside = [e for e in stream if e not in around and not e.name.startswith(name + ".")]
-    for attended in sorted(around, key=lambda e: -e.end):
-        assert attended.result is not None
-        for writer in sorted(beside, key=lambda e: -e.end):
-            if _adds(x + attended.result, writer.result, y, tolerance=32.0):
-                parts.attn_out, parts.mlp, parts.parallel = attended.name, writer.name, True
-                return
-
-
-def _adds(state: Tensor, gain: Tensor | None, after: Tensor | None, tolerance: float = 8.0) -> bool:
-    """Whether `after = state + c * gain` for one number c, to the rounding of their dtype."""
-    if gain is None or after is None or gain.shape != after.shape or state.shape != after.shape:
-        return False
-    if torch.equal(state + gain, after) and not torch.equal(state, after):
-        return True
-    eps = torch.finfo(after.dtype).eps
-    s, g, a = state.double(), gain.double(), after.double()
-    difference = a - s
-    power = (g * g).sum()
-    # One, up to the order of the sums; else a residual multiplier.
-    for c in (1.0, float((difference * g).sum() / power) if power > 0 else 0.0):
-        if abs(c) < 1e-3:
-            continue
-        error = (difference - c * g).abs()
-        bound = tolerance * eps * (s.abs() + a.abs() + (c * g).abs())
-        # A gain far below the rounding of the stream proves nothing.
-        if bool((error <= bound).all()) and bool((c * g).norm() > 64 * eps * a.norm()):
-            return True
-    return False
-
-
-def _out_proj(model: nn.Module, call: Attended, inner: list[Event]) -> str | None:
-    """The module that first reads the heads' outputs side by side."""
-    merged = call.z.transpose(1, 2).flatten(2)
-    for e in inner:
-        same = e.start > call.time and e.given is not None and e.given.numel() == merged.numel()
-        if same and e.given is not None and torch.equal(e.given.reshape(-1), merged.reshape(-1)):
-            own = dict(model.named_modules())[e.name]
-            if isinstance(getattr(own, "weight", None), Tensor):
-                return e.name
-    # nn.MultiheadAttention reads the weight of its projection without calling it.
-    own = dict(model.named_modules(remove_duplicate=False))[call.layer]
-    return f"{call.layer}.out_proj" if isinstance(getattr(own, "out_proj", None), nn.Module) else None
-
-
-def _embed(model: nn.Module, blocks: tuple[str, ...], seen: Probe) -> str | None:
-    names = {m: n for n, m in model.named_modules()}
-    if hasattr(model, "get_input_embeddings"):
-        try:
-            name = names.get(model.get_input_embeddings())
-        except (NotImplementedError, AttributeError):
-            name = None
-        if name is not None:
-            return name
-    first = next((e for e in seen.events if e.name in blocks), None)
-    if first is None or first.given is None:
-        return None
-    before = [e for e in seen.events if 0 <= e.end < first.start and e.result is not None]
-    before = [e for e in before if e.result.ndim == 3 and e.result.shape[-1] == first.given.shape[-1]]  # type: ignore[union-attr]
-    if not before:
-        return None
-    earliest = min(before, key=lambda e: (not e.integers, e.end))
-    # A module that only passes on what its last child returned is the one to name.
-    same = [e for e in before if e.start <= earliest.start and e.end >= earliest.end]
-    same = [e for e in same if e.result.shape == earliest.result.shape and torch.equal(e.result, earliest.result)]  # type: ignore[union-attr,arg-type]
-    return max(same, key=lambda e: e.end).name
-
-
-def _unembed(model: nn.Module, seen: Probe) -> str | None:
-    names = {m: n for n, m in model.named_modules()}
-    if hasattr(model, "get_output_embeddings"):
-        try:
-            name = names.get(model.get_output_embeddings())
-        except (NotImplementedError, AttributeError):
-            name = None
-        if name is not None:
-            return name
-    modules = dict(model.named_modules())
-    for e in reversed(seen.events):
-        if seen.output is None or e.result is None or not isinstance(modules[e.name], nn.Linear):
-            continue
-        if e.result.shape == seen.output.shape and torch.equal(e.result, seen.output):
-            return e.name
-    return None
-
-
-def _final_norm(model: nn.Module, blocks: tuple[str, ...], seen: Probe) -> str | None:
-    """The norm that reads what the last block returned; None where the model has none."""
-    modules = dict(model.named_modules())
-    last = max((e for e in seen.events if e.name in blocks), key=lambda e: e.end, default=None)
-    if last is None or last.result is None:
-        return None
-    for e in seen.events:
-        if e.start > last.end and e.given is not None and e.given.shape == last.result.shape:
-            if "norm" in type(modules[e.name]).__name__.lower() and torch.equal(e.given, last.result):
-                return e.name
-    return None
 
 
 def _check_mid(model: nn.Module, inputs: Any, found: Anatomy, checked: bool) -> Anatomy:
@@ -481,10 +248,7 @@ def _check_mid(model: nn.Module, inputs: Any, found: Anatomy, checked: bool) -> 
     mid, missing = list(found.mid), dict(found.missing)
     for i, _ in spots:
         out = seen[i, "out"]
-        if not _adds(seen[i, "mid"].reshape(out.shape), seen[i, "mlp"].reshape(out.shape), out):
+        if not adds(seen[i, "mid"].reshape(out.shape), seen[i, "mlp"].reshape(out.shape), out):
             mid[i] = None
             missing.setdefault("mid", f"{found.blocks[i]}: its two branches read different tensors; give mid=")
     return replace(found, mid=tuple(mid), missing=missing)
-
-
-__all__ = ["Anatomy", "anatomy"]

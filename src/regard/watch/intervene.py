@@ -3,7 +3,8 @@
     with regard.intervene(model, [Edit(Site(3, "z", head=5), "zero")]):
         model.generate(...)
 
-Here are also gathered the names of the whole mechanism: `Site`, `Edit`, `trace`, `scan`, `mask_heads`, `recovery`, `damage`.
+The names of the whole mechanism are gathered here: `Site`, `Edit`, `reweight`, `mask_heads`, `trace`, `scan`,
+`recovery`, `damage`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,8 +56,8 @@ def place_of(site: Site, model: nn.Module, anatomy: Callable[[], Anatomy]) -> Pl
         return Place(_known(parts.attn_out[at], site, parts, "attn_out"), "output")
     if parts.parallel[at]:
         raise LookupError(
-            f"{site}: {parts.blocks[at]} is a parallel block: attention and MLP both read resid_pre, so there is no stream "
-            "between them; use attn_out, mlp_out, resid_pre or resid_post"
+            f"{site}: {parts.blocks[at]} is a parallel block: attention and MLP both read resid_pre, so there is no "
+            "stream between them; use attn_out, mlp_out, resid_pre or resid_post"
         )
     mid = parts.mid[at]
     if mid is None:
@@ -110,7 +111,7 @@ def replace_first(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     items = output.items() if isinstance(output, Mapping) else enumerate(output)
     for key, x in items:
         if isinstance(x, Tensor) and x.is_floating_point():
-            return x, lambda new: _with(output, key, new)
+            return x, partial(_with, output, key)
     raise RuntimeError(f"the module returned {type(output).__name__} without a floating tensor")
 
 
@@ -120,7 +121,7 @@ def find_logits(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         return output, lambda new: new
     if isinstance(output, Mapping):
         if isinstance(output.get("logits"), Tensor):
-            return output["logits"], lambda new: _with(output, "logits", new)
+            return output["logits"], partial(_with, output, "logits")
         raise LookupError(
             f"the model returns {type(output).__name__} with {', '.join(map(str, output))}, and no logits: "
             "use part 'final', or the model's class with a head"
@@ -128,7 +129,7 @@ def find_logits(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(output, (tuple, list)):
         for i, x in enumerate(output):
             if isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2:
-                return x, lambda new: _with(output, i, new)
+                return x, partial(_with, output, i)
     raise LookupError(f"the model returns {type(output).__name__}, in which no logits are known")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard.watch.anatomy import Anatomy
@@ -53,8 +53,9 @@ def scan(
     metric: Callable[[Tensor], Tensor],
     chunk: int = 8,
     *,
-    direction: Literal["denoise", "noise"] = "denoise",
+    direction: str = "denoise",
     anatomy: Anatomy | None = None,
+    valid: Bool[Tensor, "batch length"] | None = None,
     backend: Backend = "fused",
 ) -> Scan:
     """The metric under each of many edits, `chunk` of them stacked along the batch in one forward pass.
@@ -71,7 +72,7 @@ def scan(
         metric: logits [batch, ...] -> one number a sample.
         chunk: how many copies run together.
         direction: which run is edited.
-        anatomy, backend: as in `intervene`.
+        anatomy, valid, backend: as in `intervene`; clean and corrupt have the same padding.
 
     Returns:
         A `Scan`; `values[e]` is the metric under `edits[e]`.
@@ -87,7 +88,8 @@ def scan(
             "a Site stands for a patch from the other run, but corrupt=None: give Edits, or corrupt inputs"
         )
     base, other = (clean, corrupt) if direction == "noise" or corrupt is None else (corrupt, clean)
-    values = trace(model, other, patches, anatomy=anatomy, backend=backend) if patches else {}
+    how: dict[str, Any] = {"anatomy": anatomy, "backend": backend}
+    values = trace(model, other, patches, valid=valid, **how) if patches else {}
     ready = [[Edit(e, "set", value=values[e]) if isinstance(e, Site) else e for e in group] for group in groups]
     results: list[Tensor] = []
     with torch.no_grad():
@@ -97,7 +99,8 @@ def scan(
             some = ready[begin : begin + chunk]
             actions = [(e, slice(i * batch, (i + 1) * batch)) for i, group in enumerate(some) for e in group]
             inputs = stack(base, len(some), batch)
-            with Session(model, actions, parts=anatomy, inputs=base, backend=backend):
+            rows = None if valid is None else stack(valid, len(some), batch)
+            with Session(model, actions, parts=anatomy, inputs=base, valid=rows, backend=backend):
                 logits = find_logits(run(model, inputs))[0]
             results += [metric(part) for part in logits.split(batch)]
     stacked = torch.stack(results) if results else plain["clean"].new_zeros(0, batch)

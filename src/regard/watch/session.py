@@ -333,7 +333,8 @@ class Session:
         if site.pos is None:
             return Selection(has_heads, a.batch, heads, drop_head=drop)
         own = batch if a.batch is None else len(range(batch)[a.batch])
-        cut = axis if a.batch is None or axis.valid is None else Axis(axis.total, axis.valid[a.batch], axis.unread)
+        per_sample = a.batch is not None and axis.valid is not None and len(axis.valid) == batch
+        cut = Axis(axis.total, axis.valid[a.batch], axis.unread) if per_sample else axis  # type: ignore[index]
         column, there = token_columns(cut, site.pos, own, total, held.device, str(site))
         if not bool(there.all()):
             late = self._now(site).step == "prompt" and site.steps != "prompt" and a.edit is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SEAM_PARTS = ("q", "k", "v", "weights", "z")
-"""Parts met inside the attention call, shaped [batch, heads, length, head_dim] (weights: [batch, heads, q_len, kv_len])."""
+"""Parts met inside the attention call, [batch, heads, length, head_dim] (weights: [batch, heads, q_len, kv_len])."""
 
 BLOCK_PARTS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Parts of the stream around one block, shaped [batch, length, dim]."""

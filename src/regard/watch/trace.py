@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -17,18 +17,6 @@ from regard.watch.session import Backend, Session
 from regard.watch.site import Site
 
 Metric = Callable[[Tensor], Tensor]
-
-
-@overload
-def trace(
-    model: nn.Module, inputs: Any, sites: Sequence[Site] | Site, grad: Literal[False] = False, **how: Any
-) -> dict[Site, Tensor]: ...
-
-
-@overload
-def trace(
-    model: nn.Module, inputs: Any, sites: Sequence[Site] | Site, grad: Literal[True], **how: Any
-) -> dict[Site, tuple[Tensor, Tensor]]: ...
 
 
 def trace(
@@ -94,6 +82,6 @@ def trace(
     result = {}
     for site, source, gradient in zip(wanted, sources, gradients, strict=True):
         # A site that the metric does not depend on has gradient 0.
-        g = torch.zeros_like(source) if gradient is None else gradient  # type: ignore[arg-type]
+        g = torch.zeros_like(source) if gradient is None else gradient
         result[site] = (session.readings[site].value, session.readings[site].cut(g).detach().clone())
     return result

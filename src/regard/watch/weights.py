@@ -2,7 +2,8 @@
 
 A row of weights is kept as `P_ij = c_ij e^(s_ij) / sum_j d_ij e^(s_ij)`, s the scores over the pairs that may meet:
 `uniform` empties s, `pattern` closes pairs, `reweight` multiplies c (and d, when rows are renormalised). So a chain of
-them needs no matrix of weights: without c and d it is one fused call, with them a pass over tiles of rows.
+them needs no matrix of weights a head. Where c = d, not negative, log c joins the scores and one fused call gives
+`sum_g c_g e^(lse_g) z_g / sum_g c_g e^(lse_g)` over the groups g; otherwise tiles of rows are rewritten.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def rows_of(call: Call, q: Tensor, k: Tensor, v: Tensor, axes: tuple[Axis, Axis]
         seen = torch.arange(kv_len, device=device) <= rows[..., None]
         open_ = seen[:, None] if open_ is None else open_ & seen[:, None]
         causal = False
+    if k.shape[1] != v.shape[1]:  # one of them was expanded
+        k, v = per_head(k, q.shape[1]), per_head(v, q.shape[1])
     groups = q.shape[1] // k.shape[1]
     if batch is not None:
         q, k, v = q[batch], k[batch], v[batch]
@@ -113,7 +116,9 @@ def attend(rows: Rows) -> Float[Tensor, "batch heads rows v_dim"]:
         v = per_head(rows.v, rows.q.shape[1])
         return (rows.weights @ v.to(rows.weights.dtype)).to(rows.q.dtype)
     if rows.c is not None:
-        return _attend_tiles(rows)
+        if rows.d is not rows.c or bool((rows.c < 0).any()):
+            return _attend_tiles(rows)
+        return attend(_as_bias(rows)).to(rows.q.dtype)
     mask, causal, empty = kernel_mask(rows)
     z = F.scaled_dot_product_attention(
         rows.q,
@@ -128,6 +133,16 @@ def attend(rows: Rows) -> Float[Tensor, "batch heads rows v_dim"]:
     return z if empty is None else z.masked_fill(empty, 0)
 
 
+def _as_bias(rows: Rows) -> Rows:
+    """Coefficients as log c among the scores, in float32 or wider: half precision would round the coefficient."""
+    assert rows.c is not None
+    wide = rows.c.dtype
+    bias = rows.c.log().masked_fill(rows.c == 0, 0)
+    bias = bias if rows.bias is None else bias + rows.bias.to(wide)
+    q, k, v = rows.q.to(wide), rows.k.to(wide), rows.v.to(wide)
+    return replace(rows, q=q, k=k, v=v, bias=bias, open=_open(rows) & (rows.c != 0), causal=False, c=None, d=None)
+
+
 def kernel_mask(rows: Rows) -> tuple[Tensor | None, bool, Tensor | None]:
     """(mask, is_causal, rows without keys) for a fused kernel.
 
@@ -138,7 +153,8 @@ def kernel_mask(rows: Rows) -> tuple[Tensor | None, bool, Tensor | None]:
     empty = None if rows.open is None else ~rows.open.any(-1, keepdim=True)
     mask = None if rows.open is None or empty is None else rows.open | empty
     if rows.bias is not None:
-        mask = rows.bias if mask is None else rows.bias.masked_fill(~mask, float("-inf"))
+        bias = rows.bias.expand(*rows.bias.shape[:2], rows.q.shape[2], rows.k.shape[2])
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
     return mask, rows.causal, empty
 
 
@@ -197,7 +213,7 @@ def _uniform(rows: Rows, edit: Edit, where: Tensor | None) -> Rows:
     c, d = rows.c, rows.d
     if c is not None and d is not None:
         c = None if where is None else c.masked_fill(where[..., None], 1)
-        d = None if where is None else d.masked_fill(where[..., None], 1)
+        d = c if where is None or rows.d is rows.c else d.masked_fill(where[..., None], 1)
     return replace(rows, q=q, bias=bias, c=c, d=d)
 
 
@@ -222,7 +238,8 @@ def _reweight(rows: Rows, edit: Edit, where: Tensor | None) -> Rows:
     c = factor if rows.c is None else rows.c * factor
     d = rows.d if rows.d is not None else torch.ones((1, 1, 1, rows.k.shape[2]), dtype=dtype, device=rows.q.device)
     if edit.renormalize:
-        d = c if where is None else torch.where(where[..., None], c, d)
+        same = where is None or rows.c is None or rows.d is rows.c
+        d = c if same else torch.where(where[..., None], c, d)  # type: ignore[index]
     return replace(rows, c=c, d=d)
 
 
