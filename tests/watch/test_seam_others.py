@@ -241,6 +241,27 @@ def test_packings(pack, heads, kv_heads):
         torch.testing.assert_close(model(x(2, 5, 16)), plain)
 
 
+class SequenceFirst(nn.Module):
+    """`[length, batch, width]`, heads folded into the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, batch, _ = x.shape
+        q, k, v = (t.reshape(length, batch * 4, 4).transpose(0, 1) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(length, batch, 16)
+
+
+def test_sequence_first_models_are_no_folds():
+    torch.manual_seed(1)
+    model = nn.Sequential(SequenceFirst(), SequenceFirst())
+    for length in (8, 5, 1):
+        for call in watched(model, lambda n=length: model(x(n, 2, 16))).calls:
+            assert (tuple(call.q.shape), call.folded) == ((2, 4, length, 4), False)
+
+
 class Grouped(nn.Module):
     """Repeats its keys itself, or says it does and does not."""
 

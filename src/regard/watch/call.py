@@ -78,7 +78,7 @@ class Call:
 
         True when the batch of q is the batch of no tensor the model was given. Positions then count inside a fold.
         """
-        batches = self.state.batches(self.module)
+        batches = self.state.batches(self.frames, self.q.shape[2])
         return self.q.shape[0] > 1 and bool(batches) and self.q.shape[0] not in batches
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,22 +81,28 @@ class Forward:
         """Note something about a tensor without keeping it alive."""
         self._by_tensor[(what, id(tensor))] = (weakref.ref(tensor), value)
 
-    def batches(self, module: nn.Module) -> set[int]:
-        """Batch sizes of the tensors the model was given (both leading axes where the model is sequence-first)."""
-        axes = 1 if getattr(module, "batch_first", True) else 2
-        key = ("batches", axes)
-        if key not in self.notes:
-            self.notes[key] = set(_batches(self.top.bound.values(), axes))
-        return self.notes[key]
+    def batches(self, frames: Sequence[Frame], q_len: int) -> set[int]:
+        """What may be the batch of a call: the leading sizes of the tensors the model was given.
+
+        Their second sizes where the attention layer was handed its sequence first, as `[length, batch, width]`.
+        """
+        if "batches" not in self.notes:
+            shapes = list(_shapes(self.top.bound.values()))
+            self.notes["batches"] = {s[0] for s in shapes}, {s[1] for s in shapes if 2 <= len(s) <= 3}
+        first, second = self.notes["batches"]
+        for frame in reversed(frames[-3:]):
+            hidden = frame.hidden
+            if hidden is not None and hidden.ndim == 3 and q_len in hidden.shape[:2]:
+                return {hidden.shape[1]} if hidden.shape[1] != q_len and hidden.shape[1] in second else first
+        return first
 
 
-def _batches(values: Any, axes: int) -> list[int]:
-    sizes: list[int] = []
+def _shapes(values: Iterable[Any]) -> Iterator[torch.Size]:
     for value in values:
         if isinstance(value, Tensor):
-            sizes.extend(value.shape[:axes] if value.ndim > 1 else (value.shape[0],) if value.ndim else ())
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-            sizes.extend(_batches(value, axes))
-        elif isinstance(value, dict) or (hasattr(value, "items") and hasattr(value, "keys")):
-            sizes.extend(_batches(value.values(), axes))
-    return sizes
+            if value.ndim:
+                yield value.shape
+        elif isinstance(value, (list, tuple)):
+            yield from _shapes(value)
+        elif isinstance(value, Mapping):
+            yield from _shapes(value.values())

@@ -151,10 +151,13 @@ def layout_of(
     mask: Tensor | None,
     enable_gqa: bool,
     frame: Frame,
-    batches: set[int],
+    batches: Callable[[], set[int]],
     trusted: dict[int, bool],
 ) -> Layout:
-    """Find out how a call's tensors are packed. `trusted` remembers per module whether its keys really repeat."""
+    """Find out how a call's tensors are packed. `trusted` remembers per module whether its keys really repeat.
+
+    `batches` tells what the batch may be; it is asked only for tensors of three dimensions.
+    """
     if q.ndim == 4:
         batch = k.shape[0] if q.shape[0] == 1 else q.shape[0]
         heads, q_len, kv_heads = q.shape[1], q.shape[2], k.shape[1]
@@ -178,7 +181,7 @@ def layout_of(
     total = math.prod(out_lead)
     if q.ndim == 3:
         # [batch * heads, ...] when the model's batch divides it, else [heads, ...]
-        batch = next((b for b in sorted(batches, reverse=True) if b and total % b == 0), 1)
+        batch = next((b for b in sorted(batches(), reverse=True) if b and total % b == 0), 1)
     else:
         batch = math.prod(out_lead[:-1])
     heads = total // batch

@@ -265,7 +265,7 @@ class Seam(TorchFunctionMode):
         q, k, v, mask, dropout, causal, scale, gqa = _arguments(*args, **kwargs)
         if q.is_nested or k.is_nested:
             raise SeamError(f"layer {frame.name!r} attends over nested tensors; accepted are padded ones")
-        layout = layout_of(q, k, v, mask, gqa, frame, state.batches(frame.module), self._trusted)
+        layout = layout_of(q, k, v, mask, gqa, frame, lambda: state.batches(self._stack, q.shape[-2]), self._trusted)
         index = state.counts.get(frame.name, 0)
         state.counts[frame.name] = index + 1
         before = self._lengths.get((frame.name, index))
