@@ -18,7 +18,7 @@ class Measure:
     name: str
     function: Callable[..., xr.DataArray]
     formula: str
-    range: tuple[float, float]
+    range: tuple[int | float, int | float]
     units: str
     paper: str
 
@@ -36,7 +36,7 @@ _REGISTRY: dict[str, Measure] = {}
 
 
 def measure(
-    name: str, *, formula: str, range: tuple[float, float], units: str = "1", paper: str = ""
+    name: str, *, formula: str, range: tuple[int | float, int | float], units: str = "1", paper: str = ""
 ) -> Callable[[Callable[..., xr.DataArray]], Measure]:
     """Register a function of an atlas as the measure `name`."""
 
