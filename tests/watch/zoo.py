@@ -173,7 +173,9 @@ def _vit() -> nn.Module:
 
 
 def _timm(scale: float | None = None) -> nn.Module:
-    import timm
+    from tests.vision import import_timm
+
+    timm = import_timm()
 
     return timm.models.vision_transformer.VisionTransformer(
         img_size=16, patch_size=4, embed_dim=DIM, depth=LAYERS, num_heads=HEADS, num_classes=5, init_values=scale
