@@ -62,12 +62,12 @@ SIZES = {
         head_dim=32,
         mlp=512,
         tokens=4096,
-        recipe=Recipe(steps=5000, lr=3e-3, warmup=100, decay=1000, autocast=True),
+        recipe=Recipe(steps=3300, lr=3e-3, warmup=100, decay=800, autocast=True),
         phases=(
             Phase(600, (128,), needle=0.35, repeated=0.35),
             Phase(1200, (128, 256, 256, 512), needle=0.35, repeated=0.25),
-            Phase(2000, (128, 256, 256, 512), needle=0.35, repeated=0.25, around=0.3, first=0.25),
-            Phase(10**9, (256, 512, 512, 1024), needle=0.3, repeated=0.2, around=0.3, first=0.25),
+            Phase(1800, (128, 256, 256, 512), needle=0.35, repeated=0.25, around=0.3, first=0.25),
+            Phase(10**9, (256, 512, 1024), needle=0.3, repeated=0.2, around=0.5, first=0.5),
         ),
     ),
     "smoke": Size(

@@ -164,7 +164,8 @@ def train(
 
     Args:
         name: "decoder".
-        out: folder for config, weights, tokenizer and ``training.json`` (recipe, curve, gates, versions, machine).
+        out: folder for config, weights, tokenizer and ``training.json`` (recipe, curve, gates, versions, machine;
+            ``starts``: the steps at which the work was taken up).
         size: "full", the shipped one, or "smoke", which is done in seconds and passes no gate.
         seed: of the weights and of every batch.
         steps: fewer (or more) steps than the recipe's; the run is the same up to its final decay.
@@ -220,6 +221,7 @@ def train(
         "gates": measured,
         "curve": curve(trainer.history),
         "seconds": round(trainer.seconds, 1),
+        "starts": trainer.starts,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
         "versions": _versions(),

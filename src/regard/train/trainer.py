@@ -117,6 +117,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.history: History = []
+        self.starts: list[dict[str, int]] = []  # where a call of run took up the work, and with how many threads
         self.optimizers = _optimizers(model, recipe)
 
     def run(self) -> History:
@@ -127,6 +128,7 @@ class Trainer:
             FloatingPointError: where the loss is not finite.
         """
         self.restore()
+        self.starts.append({"step": self.step, "threads": torch.get_num_threads()})
         with _signals() as stop:
             while self.step < self.recipe.steps:
                 began = time.perf_counter()
@@ -178,7 +180,7 @@ class Trainer:
                 for key, value in state.items():
                     tensors[f"{name}.{index}.{key}"] = torch.as_tensor(value).contiguous()
         save_file(tensors, draft / "optimizer.safetensors")
-        state = {"step": self.step, "seconds": self.seconds, "history": self.history}
+        state = {"step": self.step, "seconds": self.seconds, "starts": self.starts, "history": self.history}
         (draft / "state.json").write_text(json.dumps(state))
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
@@ -203,7 +205,8 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": states[name], "param_groups": groups})
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.starts, self.history = state["starts"], state["history"]
 
 
 def _optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
