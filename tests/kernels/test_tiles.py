@@ -48,7 +48,12 @@ def test_column_statistics(problem, tile, narrow, shared):
     w[:, : q_len // 2, 0] = 0
     w[:, q_len // 3 :, 2] = 0
     lo, hi = (1, 1 + kv_len // 2) if narrow else (-kv_len - 5, abs(start) + q_len + 5)
-    columns, offsets = stats.tile_pass(q, k, [stats.Columns(w), stats.Offsets(lo, hi)], tile=tile, **kwargs)
+    reducers = [stats.Columns(w), stats.Offsets(lo, hi), stats.Offsets(lo, hi, w)]
+    columns, offsets, weighted = stats.tile_pass(q, k, reducers, tile=tile, **kwargs)
+    by_row = torch.stack(
+        [oracle.offsets(weights * w.double()[:, None, :, c, None], lo, hi, start) for c in range(4)], 2
+    )
+    assert_close(weighted, by_row)
     assert_close(columns, torch.einsum("bqc,bhqk->bhck", w.double().expand(batch, -1, -1), weights))
     assert_close(offsets, oracle.offsets(weights, lo, hi, start))
 
@@ -64,8 +69,10 @@ def test_relations_patterns_and_heads(problem, as_lists, per_sample):
         given_as = tuple(relation.nonzero().unbind(1)) if per_sample else tuple(relation[0].nonzero().unbind(1))
     patterns = [Window(3), Sinks(1), Window(2, 2) | Sinks(2)]
     i, j = torch.arange(q_len)[:, None] + start, torch.arange(kv_len)[None]
-    reducers = [stats.Pairs(given_as), stats.PatternMass(patterns), stats.Gram()]
-    pairs, mass, gram = stats.tile_pass(q, k, reducers, **kwargs)
+    reducers = [stats.Pairs(given_as), stats.Pairs(given_as, total=True), stats.PatternMass(patterns)]
+    pairs, total, mass = stats.tile_pass(q, k, reducers, **kwargs)
+    (gram,) = stats.tile_pass(q, k, [stats.Gram()], **kwargs)
+    assert_close(total, (weights * relation[:, None]).sum((-2, -1)))
     assert_close(pairs, (weights * relation[:, None]).sum(-1))
     assert_close(mass, torch.stack([(weights * p.allows(i, j)).sum(-1) for p in patterns], -1))
     assert_close(gram, torch.einsum("bhqk,bgqk->bhg", weights, weights))
@@ -179,6 +186,8 @@ def bad(**changes):
         ({"softcap": 0.0}, "softcap must be > 0"),
         ({"tile": 0}, "tile must be"),
         ({"reducers": [stats.Columns(torch.zeros(1, 4, 2))]}, "row_weights must be"),
+        ({"reducers": [stats.Offsets(0, 3, torch.zeros(1, 4, 2))]}, "row_weights must be"),
+        ({"reducers": [stats.Pairs(torch.zeros(1, 4, 6, dtype=torch.bool))]}, "relation must be"),
         ({"reducers": [stats.Features(torch.zeros(4, 2))]}, "features must be"),
         ({"reducers": [stats.Pairs((torch.tensor([0]), torch.tensor([6])))]}, "kv_idx must lie"),
     ],
@@ -193,3 +202,15 @@ def test_a_tensor_is_no_pattern():
     where = {"mask": None, "is_causal": False, "q_start": None, "valid": None}
     with pytest.raises(ValueError, match="pattern must be a regard Pattern, got Tensor"):
         unwrap(make_scope)((1, 1, 5, 6), torch.device("cpu"), pattern=torch.ones(5, 6), **where)
+
+
+def test_pairs_in_any_order():
+    g = torch.Generator().manual_seed(4)
+    q, k = torch.randn(2, 2, 30, 8, generator=g), torch.randn(2, 1, 30, 8, generator=g)
+    weights, _, _ = oracle.attention(q, k, is_causal=True)
+    b, i, j = (torch.randint(0, n, (80,), generator=g) for n in (2, 30, 30))
+    want = torch.zeros(2, 2, 30, dtype=torch.float64)
+    for sample, row, key in zip(b.tolist(), i.tolist(), j.tolist(), strict=True):
+        want[sample, :, row] += weights[sample, :, row, key]  # a pair listed twice counts twice
+    (got,) = stats.tile_pass(q, k, [stats.Pairs((b, i, j))], is_causal=True, tile=7)
+    assert_close(got, want)

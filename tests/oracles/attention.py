@@ -50,12 +50,5 @@ def entropy(weights, sink_mass=None):
 
 
 def offsets(weights, lo, hi, start):
-    """``sum_i P[i, i - o]`` for lo <= o < hi."""
-    b, h, q_len, kv_len = weights.shape
-    out = torch.zeros(b, h, hi - lo, dtype=weights.dtype)
-    for r in range(q_len):
-        for j in range(kv_len):
-            o = r + start - j
-            if lo <= o < hi:
-                out[:, :, o - lo] += weights[:, :, r, j]
-    return out
+    """``sum_i P[i, i - o]`` for lo <= o < hi; row r is query r + start, so its key i - o stands on diagonal start - o."""
+    return torch.stack([weights.diagonal(start - o, -2, -1).sum(-1) for o in range(lo, hi)], -1)

@@ -101,7 +101,8 @@ class Columns(Reducer):
 def _runs(used: list[int]) -> list[tuple[int, int, int]]:
     """Stretches of neighbouring numbers in a sorted list: (first, last + 1, where in the list it starts)."""
     starts = [n for n, x in enumerate(used) if n == 0 or x != used[n - 1] + 1]
-    return [(used[a], used[b - 1] + 1, a) for a, b in zip(starts, [*starts[1:], len(used)], strict=True)]
+    ends = [*starts[1:], len(used)] if used else []
+    return [(used[a], used[b - 1] + 1, a) for a, b in zip(starts, ends, strict=True)]
 
 
 class Offsets(Reducer):
@@ -255,65 +256,75 @@ class PatternMass(Reducer):
 
 
 class Pairs(Reducer):
-    """``sum_{j in rel(i)} P_ij`` for a relation between positions: [b, h, q].
+    """``sum_{j in rel(i)} P_ij`` for a relation between positions: [b, h, q], or with ``total`` the sum over i: [b, h].
 
-    ``relation`` is a bool mask broadcastable to [b, q, k], or a tuple of index tensors ``(q_idx, kv_idx)`` or
-    ``(batch_idx, q_idx, kv_idx)``, one entry a pair, where q_idx counts the rows of q from 0.
-    A pair listed twice counts twice.
+    ``relation`` is a bool mask [b or 1, q, k] or [q, k], or a tuple of index tensors ``(q_idx, kv_idx)`` or
+    ``(batch_idx, q_idx, kv_idx)``, one entry a pair, where q_idx counts the rows of q from 0. A pair listed twice
+    counts twice. Cost: one read a pair; with ``total`` about six times less than by row.
     """
 
     def __init__(
         self,
         relation: Bool[Tensor, "batch q_len kv_len"] | Bool[Tensor, "q_len kv_len"] | tuple[Int[Tensor, "pairs"], ...],
+        total: bool = False,
     ) -> None:
-        if isinstance(relation, tuple) and len(relation) not in (2, 3):
+        self.total = total
+        self.size: tuple[int, ...] | None = None  # of the mask: samples, rows, keys
+        if isinstance(relation, Tensor):
+            mask = relation[None] if relation.ndim == 2 else relation
+            self.size = tuple(mask.shape)
+            lists = mask.nonzero().unbind(1)
+            relation = lists[1:] if len(mask) == 1 else lists
+        if len(relation) not in (2, 3) or len({len(x) for x in relation}) != 1:
             raise ValueError(
-                f"relation must be (q_idx, kv_idx) or (batch_idx, q_idx, kv_idx), got {len(relation)} tensors"
+                "relation must be (q_idx, kv_idx) or (batch_idx, q_idx, kv_idx), equally long, "
+                f"got {len(relation)} tensors of {[len(x) for x in relation]} entries"
             )
-        self.relation = relation
-
-    def _lists(self, frame: Frame) -> tuple[Tensor | None, Tensor, Tensor]:
-        if isinstance(self.relation, Tensor):
-            mask = self.relation.to(frame.device)
-            mask = mask[None] if mask.ndim == 2 else mask
-            if any(m not in (1, n) for m, n in zip(mask.shape, (frame.batch, frame.q_len, frame.kv_len), strict=True)):
-                raise ValueError(
-                    f"relation must broadcast to [batch, q_len, kv_len] = {[frame.batch, frame.q_len, frame.kv_len]}, "
-                    f"got {list(mask.shape)}"
-                )
-            b, i, j = mask.expand(-1, frame.q_len, frame.kv_len).nonzero().unbind(1)
-            return (None if len(mask) == 1 else b), i, j
-        lists = [x.to(frame.device) for x in self.relation]
-        for name, x, n in zip(
-            ("kv_idx", "q_idx", "batch_idx"), lists[::-1], (frame.kv_len, frame.q_len, frame.batch), strict=False
-        ):
-            if x.numel() and (int(x.min()) < 0 or int(x.max()) >= n):
-                raise ValueError(f"{name} must lie in [0, {n}), got {int(x.min())} to {int(x.max())}")
-        return (lists[0] if len(lists) == 3 else None), lists[-2], lists[-1]
+        self.per_sample = len(relation) == 3
+        i, j = relation[-2:]
+        b = relation[0] if self.per_sample else torch.zeros_like(i)
+        self.limits = [(int(x.min()), int(x.max())) if len(x) else (0, 0) for x in (b, i, j)]
+        place = b * (self.limits[1][1] + 1) + i
+        if bool((place[1:] < place[:-1]).any()):
+            order = place.argsort(stable=True)
+            b, i, j = b[order], i[order], j[order]
+        self.lists = b, i, j
 
     def start(self, frame: Frame) -> Start:
         """See `Reducer`."""
-        b, i, j = self._lists(frame)
-        out = frame.zeros(frame.q_len)
-        order = i.argsort(stable=True)
-        i, j = i[order], j[order]
-        b = None if b is None else b[order]
-        edges = torch.searchsorted(
-            i, torch.tensor([t[0] for t in frame.tiles] + [frame.q_len], device=i.device)
-        ).tolist()
+        size = (frame.batch, frame.q_len, frame.kv_len)
+        if self.size is not None and self.size not in (size, (1, *size[1:])):
+            raise ValueError(f"relation must be [batch or 1, q_len, kv_len] = {list(size)}, got {list(self.size)}")
+        for name, (low, high), n in zip(("batch_idx", "q_idx", "kv_idx"), self.limits, size, strict=True):
+            if len(self.lists[0]) and (low < 0 or high >= n):
+                raise ValueError(f"{name} must lie in [0, {n}), got {low} to {high}")
+        b, i, j = (x.to(frame.device) for x in self.lists)
+        out = frame.zeros() if self.total else frame.zeros(frame.q_len)
+        samples = frame.batch if self.per_sample else 1
+        bounds = torch.tensor([s * frame.q_len + t[0] for s in range(samples) for t in frame.tiles], device=i.device)
+        edges = [*torch.searchsorted(b * frame.q_len + i, bounds).tolist(), len(i)]
+        found: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = {}
+
+        def places(tile: Tile, sample: int) -> tuple[Tensor, Tensor]:
+            """Rows of the pairs in the tile, and their places in one unit's storage; the same for all heads."""
+            width = tile.storage.shape[2]
+            at = (tile.n, sample, tile.lo, width)
+            if at not in found:
+                e = sample * len(frame.tiles) + tile.n
+                rows, keys = i[edges[e] : edges[e + 1]] - tile.rows.start, j[edges[e] : edges[e + 1]]
+                keep = (keys >= tile.lo) & (keys < tile.hi)
+                rows, keys = rows[keep], keys[keep] - tile.lo
+                found[at] = rows, (rows * width + keys).int()
+            return found[at]
 
         def add(tile: Tile) -> None:
-            s = slice(edges[tile.n], edges[tile.n + 1])
-            keep = (j[s] >= tile.lo) & (j[s] < tile.hi)
-            row, key = i[s][keep] - tile.rows.start, j[s][keep] - tile.lo
-            if b is None:
-                out[tile.units, tile.rows].index_add_(1, row, tile.weights[:, row, key])
-                return
-            sample = b[s][keep]
-            for unit in range(tile.unit, tile.unit + tile.count):
-                mine = sample == unit // frame.heads
-                r = row[mine]
-                out[unit, tile.rows].index_add_(0, r, tile.weights[unit - tile.unit, r, key[mine]])
+            for u in range(tile.count):
+                rows, flat = places(tile, (tile.unit + u) // frame.heads if self.per_sample else 0)
+                weights = tile.storage[u].view(-1).index_select(0, flat)
+                if self.total:
+                    out[tile.unit + u].add_(weights.sum())
+                else:
+                    out[tile.unit + u, tile.rows].index_add_(0, rows, weights)
 
         return add, lambda: frame.per_head(out)
 

@@ -117,7 +117,8 @@ def _row_tiles(scope: Scope, tile: int | None, budget: int) -> list[tuple[int, i
     if tile is not None and tile < 1:
         raise ValueError(f"tile must be a number of rows >= 1, or None to choose it, got {tile}")
     # Under a causal mask the last square of a tile is half wasted: a sixteenth of the length at most.
-    most = max(64, min(256, scope.q_len // 16)) if scope.causal else 256
+    trims = scope.causal or scope.allowed is not None or scope.pattern is not None
+    most = max(64, min(256, scope.q_len // 16)) if trims else 256
     most = most if scope.device.type == "cpu" else 16 * most
     tiles, i0 = [], 0
     while i0 < scope.q_len:
