@@ -50,5 +50,5 @@ def entropy(weights, sink_mass=None):
 
 
 def offsets(weights, lo, hi, start):
-    """``sum_i P[i, i - o]`` for lo <= o < hi; row r is query r + start, so its key i - o stands on diagonal start - o."""
+    """``sum_i P[i, i - o]`` for lo <= o < hi. Row r is query r + start: its key i - o stands on diagonal start - o."""
     return torch.stack([weights.diagonal(start - o, -2, -1).sum(-1) for o in range(lo, hi)], -1)
