@@ -232,7 +232,7 @@ def _merge_variable(arrays: list[xr.DataArray], coords: dict[Any, Any]) -> xr.Va
     return xr.Variable(dims, total, attrs)
 
 
-def _pad(array: xr.DataArray, sizes: dict[Any, int]) -> np.ndarray[Any, Any]:
+def _pad(array: xr.DataArray, sizes: dict[Any, int]) -> np.ndarray:
     values = array.values
     fill: Any = {"f": np.nan, "i": -1}.get(values.dtype.kind, "")
     widths = [(0, sizes.get(d, n) - n) for d, n in zip(array.dims, values.shape, strict=True)]
@@ -317,7 +317,7 @@ def _flush_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def variable(name: str, values: np.ndarray[Any, Any]) -> xr.Variable:
+def variable(name: str, values: np.ndarray) -> xr.Variable:
     """`values` as the atlas variable `name`, with its dimensions and attributes from the table."""
     return xr.Variable(VARIABLES[name].dims, values, VARIABLES[name].attrs)
 

