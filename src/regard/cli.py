@@ -78,7 +78,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Nothing but JSON on stdout
 Probe = Annotated[
     bool, typer.Option("--probe", help="Judge retrieval and induction on needles and repeated segments as well.")
 ]
-Demo = Annotated[bool, typer.Option("--demo", help="The shipped decoder on the shipped text.")]
+Demo = Annotated[bool, typer.Option("--demo", help="The shipped decoder on the shipped text, with --probe.")]
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -161,6 +161,7 @@ def report(
     atlas: AtlasFolder = None,
     tokens: Tokens = None,
     demo: Demo = False,
+    probe: Probe = False,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -179,19 +180,17 @@ def report(
             raise typer.BadParameter("an atlas has its model's figures already; leave out MODEL", param_hint="--atlas")
         from regard.watch.atlas import load_atlas
 
-        watched = load_atlas(atlas)
-        regard.report(watched, out)
+        made = regard.report(load_atlas(atlas), out)
     else:
         if not demo and model is None:
             raise typer.BadParameter("name one: a folder, a hub name or testbed:decoder", param_hint="MODEL")
         loaded = _load(DEMO_MODEL if demo else str(model), device)
         source = DEMO_TEXT if demo else text
-        watched = _build_report(loaded, out, source, image, tokens)
-    table = regard.roles(watched)
+        made = _build_report(loaded, out, source, image, tokens, probe or demo)
     if as_json:
-        _print_json({"report": str(out), **_roles_json(table)})
+        _print_json({"report": str(out), "bytes": made.size, **_roles_json(made.roles)})
         return
-    _print_grid(table)
+    _print_grid(made.roles)
     print(out)
 
 
@@ -219,7 +218,9 @@ def roles(
             raise typer.BadParameter("name one: a folder, a hub name or testbed:decoder", param_hint="MODEL")
         loaded = _load(DEMO_MODEL if demo else str(model), device)
         watched = _watch_text(loaded, _read(text or DEMO_TEXT), "full", tokens)
-    table = _probed(watched, loaded) if loaded and probe else regard.roles(watched)
+    from regard.report.build import judge
+
+    table = judge(watched, _probes(loaded) if loaded and (probe or demo) else {})
     if as_json:
         _print_json(_roles_json(table))
     else:
@@ -399,7 +400,9 @@ def _watch_text(loaded: Any, text: str, statistics: str, tokens: int | None) -> 
     return watched.atlas
 
 
-def _build_report(loaded: Any, out: Path, text: Path | None, image: Path | None, tokens: int | None) -> Any:
+def _build_report(
+    loaded: Any, out: Path, text: Path | None, image: Path | None, tokens: int | None, probe: bool
+) -> Any:
     from regard.report.build import build_report
 
     if text is not None:
@@ -408,17 +411,18 @@ def _build_report(loaded: Any, out: Path, text: Path | None, image: Path | None,
     else:
         source = {"image": image}
     tokenizer = loaded.tokenizer if text is not None else None
+    probes = _probes(loaded) if probe else None
     with _working(f"watching {text or image}"):
-        return build_report(loaded.model, tokenizer, out=out, title=loaded.name, **source).atlas
+        return build_report(loaded.model, tokenizer, out=out, title=loaded.name, probes=probes, **source)
 
 
-def _probed(atlas: Any, loaded: Any) -> Any:
-    from regard.tasks.probes import probed_roles
+def _probes(loaded: Any) -> dict[str, Any]:
+    from regard.tasks.probes import probe
 
-    if not getattr(loaded.model, "can_generate", lambda: False)():
+    if loaded.tokenizer is None or not getattr(loaded.model, "can_generate", lambda: False)():
         raise typer.BadParameter(f"{loaded.name!r} writes no text, so it cannot copy a needle", param_hint="--probe")
     with _working("needles and repeated segments"):
-        return probed_roles(atlas, loaded)
+        return probe(loaded)
 
 
 def _read(path: Path) -> str:

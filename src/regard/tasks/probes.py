@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import xarray as xr
 
-from regard.measures.roles import RoleTable, name_heads
-from regard.measures.scores import role_scores
 from regard.tasks.batch import Batch
 from regard.tasks.bytetext import BOS
 from regard.tasks.needle import Needle
@@ -19,9 +16,6 @@ from regard.tasks.testbeds import Loaded
 from regard.watch.atlas import Atlas
 from regard.watch.recorder import watch
 from regard.watch.settings import Watch
-
-RETRIEVAL = ("retrieval",)
-INDUCTION = ("induction", "induction/lift")
 
 
 def watch_needles(model: Any, needles: Sequence[Batch]) -> Atlas:
@@ -53,8 +47,11 @@ def watch_repetition(loaded: Loaded, n: int, length: int, generator: torch.Gener
     return watched.atlas
 
 
-def probe(loaded: Loaded, *, n: int = 8, length: int = 256, seed: int = 0) -> xr.DataArray:
-    """The retrieval and induction scores of a causal language model, [layer, head, role].
+def probe(loaded: Loaded, *, n: int = 8, length: int = 256, seed: int = 0) -> dict[str, Atlas]:
+    """What the retrieval and induction roles of a causal language model are judged by: {role: atlas}.
+
+    `regard.report.build_report(..., probes=probe(loaded))` and `regard roles --probe` take these scores in place of
+    the text's own.
 
     Args:
         loaded: model and tokenizer.
@@ -64,16 +61,7 @@ def probe(loaded: Loaded, *, n: int = 8, length: int = 256, seed: int = 0) -> xr
     """
     generator = torch.Generator().manual_seed(seed)
     needles = batches(loaded, Needle(length, split="test"), n, generator)
-    copying = role_scores(watch_needles(loaded.model, needles)).sel(role=list(RETRIEVAL))
-    repeating = role_scores(watch_repetition(loaded, n, length, generator)).sel(role=list(INDUCTION))
-    return xr.concat([copying, repeating], dim="role", combine_attrs="drop")
-
-
-def probed_roles(atlas: Atlas, loaded: Loaded, **how: int) -> RoleTable:
-    """Roles of an atlas, with the retrieval and induction scores of `probe` in place of the text's own."""
-    scores = role_scores(atlas)
-    found = probe(loaded, **how)
-    for role in found["role"].values:
-        scores.loc[{"role": role}] = found.sel(role=role, drop=True).reindex_like(scores, fill_value=float("nan"))
-    missing = {k: v for k, v in scores.attrs["missing"].items() if k not in found["role"].values}
-    return name_heads(scores.assign_attrs(missing=missing))
+    return {
+        "retrieval": watch_needles(loaded.model, needles),
+        "induction": watch_repetition(loaded, n, length, generator),
+    }
