@@ -324,11 +324,27 @@ def test_scripted_and_replicated_models_are_refused():
     assert "give `model.module`" in opening(nn.DataParallel(OwnModel()))
 
 
-def test_sharded_models_are_refused():
-    class FSDPModule(nn.Module):  # as fully_shard names the class it makes
-        pass
+@pytest.fixture
+def one_process():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield
+    distributed.destroy_process_group()
 
-    assert "fully sharded" in opening(FSDPModule())
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_models_are_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1,))
+    parallel = parallelize_module(OwnModel(), mesh, {"blocks.0.qkv": ColwiseParallel()})
+    assert "'blocks.0.qkv' (Linear) has sharded parameters" in opening(parallel)
+    assert "the model is fully sharded" in opening(fully_shard(OwnModel(), mesh=mesh))
+    replicated = nn.parallel.DistributedDataParallel(OwnModel())  # whole in each process
+    spy = watched(replicated, lambda: replicated(x(2, 6, 32)))
+    assert [(c.layer, c.folded) for c in spy.calls] == [("module.blocks.0", False), ("module.blocks.1", False)]
 
 
 def test_not_a_module_is_refused():

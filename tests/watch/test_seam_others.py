@@ -223,9 +223,21 @@ def learned_queries(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool).tril())
 
 
+def one_query_head(q, k, v):
+    k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q[:, None, :, :4], k, v, is_causal=True).transpose(1, 2)
+
+
 @pytest.mark.parametrize(
     ("pack", "heads", "kv_heads"),
-    [(heads_in_batch, 4, 4), (one_head, 1, 1), (five_axes, 4, 4), (one_key_head, 4, 1), (learned_queries, 4, 4)],
+    [
+        (one_query_head, 4, 4),
+        (heads_in_batch, 4, 4),
+        (one_head, 1, 1),
+        (five_axes, 4, 4),
+        (one_key_head, 4, 1),
+        (learned_queries, 4, 4),
+    ],
 )
 def test_packings(pack, heads, kv_heads):
     torch.manual_seed(1)

@@ -52,7 +52,7 @@ class Layout:
         q = self.own_q
         if not self.plain:
             q = q.reshape(-1, self.heads, self.q_len, q.shape[-1])
-        return q if q.shape[0] == self.batch else q.expand(self.batch, -1, -1, -1)
+        return q if q.shape[:2] == (self.batch, self.heads) else q.expand(self.batch, self.heads, -1, -1)
 
     def open_kv(self, own: Tensor) -> Tensor:
         """The caller's k or v as `[batch, kv_heads, kv_len, width]` (a view)."""

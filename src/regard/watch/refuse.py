@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -48,11 +49,11 @@ def _names(names: list[str], limit: int = 4) -> str:
 
 
 def _compiled(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
-    from torch._dynamo.eval_frame import OptimizedModule
-
+    # asked of what is loaded: where torch.compile was never imported nothing is compiled
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
     for name, m in modules:
         where = repr(name) if name else "the model"
-        if isinstance(m, OptimizedModule):
+        if dynamo is not None and isinstance(m, dynamo.OptimizedModule):
             yield (
                 f"{where} is compiled (torch.compile), and compiled code runs past the seam; give the module it was "
                 "made from, `model._orig_mod`, and run that"
@@ -69,8 +70,7 @@ def _compiled(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
 
 
 def _spread(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
-    from torch.distributed.tensor import DTensor
-
+    sharded = sys.modules.get("torch.distributed.tensor")
     for name, m in modules:
         where = repr(name) if name else "the model"
         kinds = {c.__name__ for c in type(m).__mro__}
@@ -78,7 +78,7 @@ def _spread(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
             yield f"{where} is nn.DataParallel, which runs copies in other threads; give `model.module`"
         elif kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             yield f"{where} is fully sharded; watch an unsharded copy, one process a GPU"
-        elif any(isinstance(p, DTensor) for p in m._parameters.values()):
+        elif sharded is not None and any(isinstance(p, sharded.DTensor) for p in m._parameters.values()):
             yield (
                 f"{where} ({type(m).__name__}) has sharded parameters (DTensor), so each process sees only its own "
                 "heads; watch an unsharded copy"

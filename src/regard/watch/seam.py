@@ -334,7 +334,7 @@ def _arguments(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]:
-    return query, key, value, attn_mask, dropout_p, bool(is_causal), scale, enable_gqa
+    return query, key, value, attn_mask, float(dropout_p), bool(is_causal), scale, enable_gqa
 
 
 def _attends_to_nothing(module: nn.Module) -> bool:
