@@ -641,6 +641,16 @@ def test_steps():
         assert torch.equal(torch.stack(model.generate(prompt, **how).logits), torch.stack(zeroed.logits))
 
 
+def test_a_reading_inside_later_edits_asks_nothing_of_them():
+    """A trace within `intervene` is one pass: edits of generated tokens wait for theirs."""
+    model, inputs, _ = build("llama")
+    prompt = inputs["input_ids"]
+    with intervene(model, Edit(Site(1, "z", steps="generated"), "zero")):
+        read = trace(model, inputs, Site(1, "z"))[Site(1, "z")]
+        model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    assert torch.equal(read, trace(model, inputs, Site(1, "z"))[Site(1, "z")])
+
+
 def test_encoder_decoder_generation():
     model, inputs, _ = build("t5")
     how = {
@@ -718,7 +728,7 @@ def test_masking_heads():
         edits = mask_heads(heads, kind, values=given_values)
         assert [e.site.layer for e in edits] == [0, 1]
         with intervene(model, edits, anatomy=parts):
-            torch.testing.assert_close(output(model, x).double(), masked(change), **CLOSE)
+            torch.testing.assert_close(output(model, x).double(), masked(formula), **CLOSE)
     drawn = torch.randint(3, (3,), generator=torch.Generator().manual_seed(7))
     with intervene(model, mask_heads(heads, "resample", values=values, seed=7), anatomy=parts):
         got = output(model, x)

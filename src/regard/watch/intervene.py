@@ -18,8 +18,9 @@ from regard.watch.anatomy import Anatomy
 from regard.watch.edits import Edit, reweight
 from regard.watch.effects import damage, recovery
 from regard.watch.heads import mask_heads
+from regard.watch.running import Backend
 from regard.watch.scan import Scan, scan
-from regard.watch.session import Backend, Session
+from regard.watch.session import Session
 from regard.watch.site import Site
 from regard.watch.trace import trace
 

@@ -144,11 +144,12 @@ def example_inputs(model: nn.Module) -> Any:
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = _ids(_DECODER_LENGTH, text.vocab_size, device)
         return inputs
-    timm = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
-    if isinstance(timm, Mapping) and "input_size" in timm:
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or timm["input_size"][1:]
-        channels = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", 3)
-        return _image(channels, size, device, dtype)
+    # timm: what was built, else what the architecture was made for.
+    timm = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
+    patches: Any = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None) or timm.get("input_size", (None,))[1:]
+    if size:
+        return _image(getattr(getattr(patches, "proj", None), "in_channels", 3), size, device, dtype)
     if isinstance(model, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
         layer = model.layers[0] if isinstance(model, nn.TransformerEncoder) else model
         first = layer.self_attn.batch_first

@@ -15,7 +15,8 @@ from regard.watch.edits import Edit
 from regard.watch.effects import damage, recovery
 from regard.watch.places import find_logits
 from regard.watch.probe import run
-from regard.watch.session import Backend, Session
+from regard.watch.running import Backend
+from regard.watch.session import Session
 from regard.watch.site import Site
 from regard.watch.trace import trace
 
