@@ -389,7 +389,7 @@ def _notes(
         (
             "What is exact",
             "Measures, scores and profiles are computed from every weight of the text, in one pass over the model’s "
-            "own queries and keys; the matrix of weights is never stored. Maps and windows keep each value in one byte: "
+            "own queries and keys; the matrix is never stored. Maps and windows keep each value in one byte: "
             f"within ±{error:.1f}% of itself, below {quant['floor']:.0e} shown as less than that.",
         ),
         (

@@ -91,7 +91,7 @@ def payload(atlas: Atlas, table: RoleTable, extras: Extras) -> tuple[dict[str, A
         "roles": _roles(),
         "rules": _rules(table),
         "roleOf": _role_of(frame, table),
-        "scores": frame.ragged(_score_values(table)),
+        "scores": frame.ragged(_score_values(table), 6),
         "holds": _holds(frame, table),
         "measures": _measures(frame),
         "budgets": _budgets(frame),
@@ -231,7 +231,7 @@ def _measures(frame: Frame) -> list[dict[str, Any]]:
                 "title": f"{name.replace('_', ' ')}{units}",
                 "formula": measure.formula,
                 "paper": measure.paper,
-                "values": frame.ragged(values.values),
+                "values": frame.ragged(values.values, 6),
             }
         )
     return out
@@ -245,7 +245,7 @@ def _budgets(frame: Frame) -> list[dict[str, Any]]:
     return [
         {
             "label": label,
-            "recall": frame.ragged(recall.sel(template=name).values),
+            "recall": frame.ragged(recall.sel(template=name).values, 6),
             "share": frame.ragged(share.sel(template=name).values),
         }
         for name, label in BUDGETS.items()

@@ -94,7 +94,7 @@ function levelsOf(h) {
   return out;
 }
 
-/** Halve a block map: masses add over keys and average over queries. */
+/** Halve a block map: masses add over keys and average over queries (blocks of queries may differ by one row). */
 function pool(map) {
   const rows = map.rows / 2;
   const cols = map.cols / 2;
@@ -103,13 +103,16 @@ function pool(map) {
     for (let c = 0; c < cols; c++) {
       let sum = 0;
       let seen = false;
+      let queries = 0;
       for (let dr = 0; dr < 2; dr++) {
+        const n = blockStart(2 * r + dr + 1, map.qLen, map.rows) - blockStart(2 * r + dr, map.qLen, map.rows);
+        queries += n;
         for (let dc = 0; dc < 2; dc++) {
           const v = map.values[(2 * r + dr) * map.cols + 2 * c + dc];
-          if (!Number.isNaN(v)) { sum += v; seen = true; }
+          if (!Number.isNaN(v)) { sum += n * v; seen = true; }
         }
       }
-      values[r * cols + c] = seen ? sum / 2 : NaN;
+      values[r * cols + c] = seen ? sum / Math.max(1, queries) : NaN;
     }
   }
   return { ...map, rows, cols, values };

@@ -44,7 +44,7 @@ function moveHead(step, byLayer = false) {
   openHead(list[(list.indexOf(h) + step + list.length) % list.length]);
 }
 dialog.addEventListener("keydown", (e) => {
-  if (e.ctrlKey || e.metaKey || e.altKey || e.target.closest("select, input, canvas.map, .chart-box, [role=radiogroup]")) return;
+  if (e.ctrlKey || e.metaKey || e.altKey || e.target.closest("select, input, #map, .chart-box, [role=radiogroup]")) return;
   const act = { ArrowLeft: () => moveHead(-1), ArrowRight: () => moveHead(1), ArrowUp: () => moveHead(-1, true), ArrowDown: () => moveHead(1, true) }[e.key];
   if (act) { e.preventDefault(); act(); }
 });

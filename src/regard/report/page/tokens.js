@@ -122,6 +122,7 @@ function paintTokens(i, weights, max, role) {
   tokenNodes.forEach((node, k) => {
     const v = weights.get(k) ?? 0;
     node.style.backgroundColor = shade(role, Math.sqrt(v / max));
+    node.classList.toggle("on", v > 0); // shaded tokens are never dimmed
     node.classList.toggle("later", causal && k > i);
     const on = k === i;
     if (on !== node.classList.contains("query")) {

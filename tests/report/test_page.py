@@ -1,0 +1,236 @@
+"""The page in a real browser: no network, no script of the user's, keyboard, filters, themes, widths."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from regard.report.windows import close_up, exact_weights
+
+from .models import HOSTILE, llama, text_ids
+
+pytestmark = pytest.mark.browser
+
+CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
+
+
+def cells(o):
+    return o.page.eval_on_selector_all(".cell", "all => all.map(c => c.dataset.key)")
+
+
+def test_nothing_is_fetched_and_nothing_complains(opened, text_report, image_report):
+    for report in (text_report, image_report):
+        o = opened(report.path)
+        o.page.locator(".cell").first.click()
+        o.page.wait_for_timeout(150)
+        assert [u for u in o.requests if not u.startswith(("file:", "data:", "blob:"))] == []
+        assert o.complaints == []
+
+
+def test_markup_in_tokens_and_title_stays_text(opened, text_report):
+    o = opened(text_report.path)
+    assert o.page.locator("h1").inner_text() == HOSTILE[0]
+    assert o.page.locator("script").count() == 3
+    assert o.page.locator("main img[src=x], header img").count() == 0
+    shown = o.page.locator("#tokens .t").all_inner_texts()[: len(HOSTILE)]
+    assert [t.replace("·", " ") for t in shown[:3] + shown[5:8]] == HOSTILE[:3] + HOSTILE[5:8]
+    assert shown[3:5] == ["⏎", "⟨202E⟩"]
+    assert shown[8:12] == ["·", "⏎", "⇥", "␀"]
+    o.page.goto(f"file://{text_report.path}#1.2")
+    assert o.complaints == []
+
+
+def test_the_policy_stops_a_script_that_got_in_anyway(opened, text_report):
+    o = opened(text_report.path)
+    o.page.evaluate(
+        """() => {
+            const s = document.createElement("script"); s.textContent = "window.ran = 1"; document.body.append(s);
+            const i = document.createElement("div"); i.innerHTML = '<img src=x onerror="window.ran = 2">';
+            document.body.append(i);
+        }"""
+    )
+    o.page.wait_for_timeout(200)
+    assert o.page.evaluate("window.ran") is None
+    assert any("Content Security Policy" in c for c in o.complaints)
+
+
+def test_heads_open_move_and_close_by_keyboard(opened, text_report):
+    o = opened(text_report.path)
+    o.page.locator(".cell").first.focus()
+    o.keys("ArrowRight", "ArrowDown")
+    assert o.focused() == "1.1"
+    o.keys("Enter")
+    assert o.page.locator("#head-title").inner_text() == "Layer 1, head 1"
+    assert o.page.url.endswith("#1.1")
+    assert o.focused() == "head-title"
+    o.keys("ArrowRight")
+    assert o.page.url.endswith("#1.2")
+    o.keys("ArrowDown", "ArrowLeft")
+    assert o.page.locator("#head-title").inner_text() == "Layer 2, head 1"
+    o.keys("Escape")
+    assert not o.page.locator("#head").is_visible()
+    assert o.focused() == "2.1"
+    assert "#" not in o.page.url
+
+
+def test_a_link_to_a_head_opens_it(opened, text_report):
+    o = opened(text_report.path, hash_="#2.3")
+    assert o.page.locator("#head-title").inner_text() == "Layer 2, head 3"
+    o.page.evaluate("location.hash = '#0.1'")
+    o.page.wait_for_function("document.getElementById('head-title').textContent === 'Layer 0, head 1'")
+
+
+def test_a_map_reads_out_at_every_level(opened, text_report):
+    o = opened(text_report.path, hash_="#1.0")
+    levels = o.page.locator("#levels button")
+    assert levels.all_inner_texts() == ["32 × 32", "64 × 64", "128 × 128", "exact 572–699"]
+    for i, size in enumerate([32, 64, 128, 128]):
+        levels.nth(i).click()
+        assert o.page.evaluate("document.getElementById('map').width") == size
+    o.page.locator("#map").focus()
+    o.keys("Home", "PageUp", "PageUp", "PageUp", "PageUp", "PageUp", "PageUp", "PageUp", "PageUp")
+    text = o.page.locator("#readout").inner_text()
+    assert re.search(r"query\s.*572", text)
+    assert re.search(r"weight\s", text)
+    o.keys("ArrowRight")
+    assert "not allowed by the mask" in o.page.locator("#readout").inner_text()
+    assert o.page.url.endswith("#1.0")  # the map's arrows do not change the head
+
+
+def test_block_maps_hold_the_mass_at_every_level(opened, text_report):
+    o = opened(text_report.path, hash_="#2.1")
+    inputs = {"input_ids": text_ids()}
+    for level, size in enumerate((32, 64, 128)):
+        seen = close_up(llama(layers=3), inputs, [], blocks=size)["model.layers.2.self_attn"]
+        o.page.locator("#levels button").nth(level).click()
+        row, column = size * 3 // 4, int(seen.blocks[1, size * 3 // 4].argmax())
+        box = o.page.locator("#map").bounding_box()
+        o.page.mouse.move(
+            box["x"] + box["width"] * (column + 0.5) / size, box["y"] + box["height"] * (row + 0.5) / size
+        )
+        share = float(o.page.locator(".r-val").inner_text())
+        assert share == pytest.approx(float(seen.blocks[1, row, column]), rel=0.03)
+
+
+def test_the_panel_shows_what_the_atlas_holds(opened, text_report):
+    o = opened(text_report.path, hash_="#1.0")
+    atlas, table = text_report.atlas, text_report.roles
+    budgets = o.page.locator(".budget-top strong").all_inner_texts()
+    recall = atlas.measure("template_recall")
+    for text, name in zip(budgets, ["sinks4+window1/16", "sinks4+window1/8", "sinks4+window1/4"], strict=True):
+        lost = 100 * (1 - float(recall.sel(template=name).values[1, 0]))
+        assert float(text.removeprefix("loses ").removesuffix("%")) == pytest.approx(lost, abs=0.11)
+    rows = o.page.locator("#evidence tbody tr").all()
+    conditions = [c for rule in table.head(1, 0)["roles"].values() for c in rule["scores"]]
+    assert len(rows) == len(conditions)
+    for row, c in zip(rows, conditions, strict=True):
+        assert row.locator(".source").inner_text() == c["where_from"]
+        value = row.locator(".number").inner_text()
+        if c["value"] is None:
+            assert value == "–"
+        else:
+            assert float(value.replace(",", "")) == pytest.approx(c["value"], rel=0.006, abs=1e-6)
+    raw = atlas["received_raw"].values[1, 0, 0]
+    first = o.page.locator("#received li").first
+    assert first.locator(".pos").inner_text() == str(int(raw.argmax()))
+    assert o.page.locator("#received li").count() == 20
+    assert o.page.locator("#offsets svg path").count() == 2
+    assert o.page.locator("#entropy svg path").count() == 2
+
+
+def test_filter_sort_search_and_table(opened, text_report):
+    o = opened(text_report.path)
+    everything = cells(o)
+    assert len(everything) == 12
+    o.page.locator("#measure").select_option("entropy")
+    o.page.locator("#order").select_option("down")
+    values = text_report.atlas.measure("entropy").values
+    expected = sorted(everything, key=lambda k: -values[tuple(map(int, k.split(".")))])
+    assert cells(o) == expected
+    cut = float(sorted(values.ravel())[6])
+    o.page.locator("#min").fill(f"{cut:.4g}")
+    assert 5 <= len(cells(o)) <= 7
+    assert f"of {len(everything)} heads" in o.page.locator("#count").inner_text()
+    o.page.locator("#clear").click()
+    assert len(cells(o)) == 12
+    o.page.locator("#search").fill("1.2")
+    assert cells(o) == ["1.2"]
+    o.page.locator("#search").fill("nothing here")
+    assert o.page.locator("#none").is_visible()
+    o.page.locator("#clear").click()
+    chip = o.page.locator("#legend button").first
+    chip.click()
+    assert chip.get_attribute("aria-pressed") == "true"
+    role = chip.get_attribute("data-role")
+    names = text_report.roles.names.values
+    want = {f"{i}.{j}" for i in range(3) for j in range(4) if names[i, j].replace(" ", "-") == role}
+    assert set(cells(o)) == want
+    chip.click()
+    o.page.locator('[data-view="table"]').click()
+    assert o.page.locator("#table tbody tr").count() == 12
+    o.page.locator('#table [data-sort="sink"]').click()
+    assert o.page.locator('th[aria-sort="descending"]').inner_text().startswith("Sink")
+
+
+def test_a_query_can_be_picked_by_mouse_and_keyboard(opened, text_report):
+    o = opened(text_report.path)
+    assert "572–699" in o.page.locator("#exact-note").inner_text()
+    o.page.locator("#t600").click()
+    assert o.page.locator("#query-at").input_value() == "600"
+    o.page.locator("#tokens").focus()
+    o.keys("ArrowLeft")
+    assert o.page.locator("#t599").get_attribute("aria-selected") == "true"
+    o.page.locator("#t3").click(force=True)
+    assert "outside the exact windows" in o.page.locator("#query-note").inner_text()
+    o.page.locator("#token-source").select_option("head:2.1")
+    shown = o.page.eval_on_selector_all(
+        "#top-keys li",
+        "all => all.map(li => [+li.querySelector('.pos').textContent, +li.querySelector('.number').textContent])",
+    )
+    row = {}
+    for start in (0, 256, 512):
+        part = exact_weights(
+            llama(layers=3),
+            {"input_ids": text_ids()},
+            rows=slice(599, 600),
+            keys=slice(start, min(700, start + 256)),
+            layers=["model.layers.2.self_attn"],
+            heads=[1],
+        )
+        row |= {start + i: v for i, v in enumerate(next(iter(part.values()))[0, 0, 0].tolist())}
+    heaviest = sorted(row.values(), reverse=True)
+    for n, (key, weight) in enumerate(shown[:5]):
+        assert weight == pytest.approx(row[key], rel=0.04)
+        assert weight == pytest.approx(heaviest[n], rel=0.04)
+    assert o.page.locator("#looks li").count() == 12
+
+
+def test_patches_over_the_picture(opened, image_report):
+    o = opened(image_report.path)
+    assert o.page.locator("#picture").evaluate("i => i.complete && i.naturalWidth") == 48
+    assert o.page.evaluate("[overlay.width, overlay.height]") == [6, 6]
+    assert o.page.locator("#query-at").input_value() == str(1 + 3 * 6 + 3)
+    o.page.locator("#overlay").focus()
+    o.keys("ArrowUp", "ArrowRight")
+    assert o.page.locator("#query-at").input_value() == str(1 + 2 * 6 + 4)
+    o.page.locator("#prefix button").first.click()
+    assert o.page.locator("#query-at").input_value() == "0"
+    assert o.page.locator("#query-name").inner_text() == "“[CLS]” at 0"
+    assert o.complaints == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1600])
+def test_it_fits_and_can_be_read(opened, text_report, theme, width):
+    o = opened(text_report.path, width=width, theme=theme)
+    assert o.page.evaluate("document.documentElement.dataset.theme") == theme
+    assert o.overflow() <= 0
+    assert o.page.evaluate(CONTRAST) == []
+    o.page.locator('[data-view="table"]').click()
+    assert o.overflow() <= 0
+    o.page.locator("#table .link").first.click()
+    assert o.overflow(".sheet") <= 0
+    assert o.page.evaluate(CONTRAST) == []
+    o.keys("Escape")
+    o.page.locator("#theme").click()
+    assert o.page.evaluate("document.documentElement.dataset.theme") != theme
