@@ -15,6 +15,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from regard.tasks.bytetext import BOS
@@ -207,3 +209,9 @@ def test_the_curve_is_means_of_stretches_and_every_evaluation():
     assert points[0]["loss"] == 25.5
     assert points[1]["test_bits"] == 2.0
     assert "rate" not in points[0]
+
+
+def test_a_model_without_sdpa_is_refused(tmp_path):
+    XLNetModel(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=16)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no SDPA attention"):
+        load(tmp_path)

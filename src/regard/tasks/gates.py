@@ -53,7 +53,7 @@ def gates(model: Any, *, n: int = 128, rows: int = 16, seed: int = SEED) -> dict
     values = {
         f"needle_{length}": exact_match(model, Needle(length, split="test"), n, generator) for length in (256, 512)
     }
-    with _dense(model):
+    with dense(model):
         per_head = {
             **_text_heads(model, StandardLibrary("test").cut(rows, 256, generator)),
             **_induction_heads(model, repeated_at(256).batch(rows, generator).input_ids),
@@ -75,7 +75,7 @@ def gates(model: Any, *, n: int = 128, rows: int = 16, seed: int = SEED) -> dict
 
 
 @contextmanager
-def _dense(model: Any) -> Iterator[None]:
+def dense(model: Any) -> Iterator[None]:
     """Eager attention for the time of a measurement: the only implementation that hands out its weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
