@@ -79,6 +79,8 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path,
     again = Trainer(resumed, counting, recipe, tmp_path / "cut").run()
     assert same(weights(whole), weights(resumed))
     assert [h["loss"] for h in again] == [h["loss"] for h in history]
+    found = json.loads((tmp_path / "cut" / "step-000012" / "state.json").read_text())["starts"]
+    assert [start["step"] for start in found] == [0, stop]
 
 
 def test_signals_are_given_back(tmp_path):
@@ -90,9 +92,11 @@ def test_signals_are_given_back(tmp_path):
 def test_a_checkpoint_half_written_is_not_taken_up(tmp_path):
     Trainer(tiny(), counting, RECIPE, tmp_path, checkpoint_every=5).run()
     (tmp_path / "step-000099").mkdir()  # no state.json: not a checkpoint
+    (tmp_path / "draft-1").mkdir()  # of a process killed while writing
     trainer = Trainer(tiny(), counting, RECIPE, tmp_path)
     trainer.restore()
     assert trainer.step == 12
+    assert not (tmp_path / "draft-1").exists()
     found = [p.name for p in (tmp_path / "step-000012").iterdir()]
     assert sorted(found) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     assert json.loads((tmp_path / "step-000012" / "state.json").read_text())["step"] == 12
@@ -146,5 +150,7 @@ def test_recipes_and_folders_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="steps"):
         Recipe(steps=0)
     Trainer(tiny(), counting, RECIPE, tmp_path).run()
+    with pytest.raises(ValueError, match="belongs to '', this run is 'other'"):
+        Trainer(tiny(), counting, RECIPE, tmp_path, run_name="other").run()
     with pytest.raises(ValueError, match="past the recipe"):
         Trainer(tiny(), counting, replace(RECIPE, steps=8), tmp_path).run()

@@ -175,7 +175,8 @@ def train(
         What training.json holds.
 
     Raises:
-        ValueError: unknown name or size. ``regard.train.trainer.Interrupted``: stopped by a signal.
+        ValueError: unknown name or size, or checkpoints of another run in ``out``.
+        regard.train.trainer.Interrupted: stopped by a signal.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -204,7 +205,14 @@ def train(
             progress.update(bar, completed=step, description=f"training {name}, loss {entry['loss']:.3f}")
 
         trainer = Trainer(
-            model, mixture, shape.recipe, out / "checkpoints", evaluate=evaluation, evaluate_every=100, on_step=show
+            model,
+            mixture,
+            shape.recipe,
+            out / "checkpoints",
+            evaluate=evaluation,
+            evaluate_every=100,
+            on_step=show,
+            run_name=f"{name}, size {size}, seed {seed}",
         )
         trainer.run()
     measured = gates(model, n=128 if size == "full" else 4, rows=16 if size == "full" else 2)

@@ -96,6 +96,7 @@ class Trainer:
         evaluate: figures of the model, called every ``evaluate_every`` steps and at the end; they go to the history.
         checkpoint_every: steps between checkpoints.
         on_step: told (step, entry of the history) after every step.
+        run_name: what makes this run this one (data, shape, seed); checkpoints of another name are not taken up.
     """
 
     def __init__(
@@ -110,10 +111,11 @@ class Trainer:
         evaluate_every: int = 200,
         checkpoint_every: int = 200,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
+        run_name: str = "",
     ) -> None:
         self.model, self.batches, self.recipe, self.out, self.loss = model, batches, recipe, Path(out), loss
         self.evaluate, self.evaluate_every, self.checkpoint_every = evaluate, evaluate_every, checkpoint_every
-        self.on_step = on_step
+        self.on_step, self.run_name = on_step, run_name
         self.step = 0
         self.seconds = 0.0
         self.history: History = []
@@ -180,7 +182,13 @@ class Trainer:
                 for key, value in state.items():
                     tensors[f"{name}.{index}.{key}"] = torch.as_tensor(value).contiguous()
         save_file(tensors, draft / "optimizer.safetensors")
-        state = {"step": self.step, "seconds": self.seconds, "starts": self.starts, "history": self.history}
+        state = {
+            "run_name": self.run_name,
+            "step": self.step,
+            "seconds": self.seconds,
+            "starts": self.starts,
+            "history": self.history,
+        }
         (draft / "state.json").write_text(json.dumps(state))
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
@@ -190,11 +198,21 @@ class Trainer:
         return target
 
     def restore(self) -> None:
-        """Takes up the last checkpoint in ``out``, if there is one."""
+        """Takes up the last checkpoint in ``out``, if there is one.
+
+        Raises:
+            ValueError: it belongs to another run, or is past this recipe's end.
+        """
+        for draft in self.out.glob("draft-*"):  # of a process killed while writing
+            shutil.rmtree(draft)
         found = sorted(p for p in self.out.glob("step-*") if (p / "state.json").exists())
         if not found:
             return
         state = json.loads((found[-1] / "state.json").read_text())
+        if state["run_name"] != self.run_name:
+            raise ValueError(
+                f"{found[-1]} belongs to {state['run_name']!r}, this run is {self.run_name!r}; name another folder"
+            )
         if state["step"] > self.recipe.steps:
             raise ValueError(f"{found[-1]} is past the recipe's {self.recipe.steps} steps; name another folder")
         self.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
