@@ -14,7 +14,7 @@ from regard.watch.context import Frame
 if TYPE_CHECKING:
     from regard.watch.call import Call
 
-TILE = 1024  # rows of a mask looked at together
+TILE = 256  # rows of a mask looked at together
 _OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 
@@ -51,18 +51,20 @@ def survey(call: Call) -> Survey:
 
 def _survey(mask: Tensor, q_len: int, kv_len: int, q_start: int) -> Survey:
     mask = mask.expand(mask.shape[0], mask.shape[1], q_len, kv_len)
-    rows: list[Tensor] = []
-    keys = torch.zeros(mask.shape[0], kv_len, dtype=torch.bool, device=mask.device)
-    later = torch.zeros((), dtype=torch.bool, device=mask.device)
-    for begin in range(0, q_len, TILE):
-        open_ = allowed(mask[:, :, begin : begin + TILE])
-        open_ = open_[:, 0] if open_.shape[1] == 1 else open_.any(1)
-        rows.append(open_.any(-1))
-        keys |= open_.any(-2)
-        # column c of this part stands q_start + begin + 1 + c; row r may see columns before r
-        future = open_[:, :, max(0, q_start + begin + 1) :]
-        later |= future.triu(min(0, q_start + begin + 1)).any()
-    return Survey(torch.cat(rows, 1), keys, not bool(later))
+    rows = torch.zeros(mask.shape[0], q_len, dtype=torch.uint8, device=mask.device)
+    keys = torch.zeros(mask.shape[0], kv_len, dtype=torch.uint8, device=mask.device)
+    later = torch.zeros((), dtype=torch.uint8, device=mask.device)
+    for begin in range(0, q_len if kv_len else 0, TILE):
+        # as bytes: their maximum is found a hundred times faster than `any` of booleans
+        part = allowed(mask[:, :, begin : begin + TILE]).view(torch.uint8)
+        rows[:, begin : begin + TILE] = part.amax((1, 3))
+        keys = torch.maximum(keys, part.amax((1, 2)))
+        # beside the tile's triangle every key is later than every row
+        first, end = max(0, q_start + begin + 1), max(0, q_start + begin + part.shape[2])
+        for future in (part[..., first:end].triu(min(0, q_start + begin + 1)), part[..., end:]):
+            if future.numel():
+                later = torch.maximum(later, future.amax())
+    return Survey(rows.bool(), keys.bool(), not bool(later))
 
 
 def row_mask(call: Call) -> Bool[Tensor, "batch q_len"]:
