@@ -1,5 +1,6 @@
 """The tile pass and its reducers against dense float64 attention."""
 
+from dataclasses import dataclass
 from inspect import unwrap  # the shape checks of the tests would answer first
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regard.kernels import stats
+from regard.kernels import stats, tiles
 from regard.kernels.scope import make_scope
-from regard.patterns import Sinks, Window
+from regard.patterns import Pattern, Sinks, Window
 from tests.kernels.problems import assert_close, problems
 from tests.oracles import attention as oracle
 
@@ -214,3 +215,28 @@ def test_pairs_in_any_order():
         want[sample, :, row] += weights[sample, :, row, key]  # a pair listed twice counts twice
     (got,) = stats.tile_pass(q, k, [stats.Pairs((b, i, j))], is_causal=True, tile=7)
     assert_close(got, want)
+
+
+@dataclass(frozen=True)
+class Shifted(Pattern):
+    """A pattern that differs between heads and samples."""
+
+    def allows(self, q_idx, kv_idx, head=None, batch=None):
+        return kv_idx <= q_idx - head - 2 * batch
+
+
+def test_patterns_that_differ_between_heads_and_samples(monkeypatch):
+    """One unit a tile: a mask kept for the next head would be the wrong one."""
+    g = torch.Generator().manual_seed(5)
+    q, k = torch.randn(2, 3, 40, 8, generator=g), torch.randn(2, 3, 40, 8, generator=g)
+    i, j = torch.arange(40)[:, None], torch.arange(40)[None]
+    head, batch = torch.arange(3)[:, None, None], torch.arange(2)[:, None, None, None]
+    allowed = Shifted().allows(i, j, head, batch)
+    full, _, _ = oracle.attention(q, k)
+    _, lse, _ = oracle.attention(q, k, mask=allowed)
+    for budget in (1, 1 << 18):  # one head of one sample a tile; all of them
+        monkeypatch.setattr(tiles, "_budget", lambda device, budget=budget: budget)
+        (mass,) = stats.tile_pass(q, k, [stats.PatternMass([Shifted()])])
+        assert_close(mass[..., 0], (full * allowed).sum(-1))
+        (got,) = stats.tile_pass(q, k, [stats.Lse()], pattern=Shifted())
+        assert_close(got, lse)

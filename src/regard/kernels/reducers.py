@@ -237,6 +237,8 @@ class PatternMass(Reducer):
     For windows and sinks alone `Offsets` and `Columns` give the sums over rows at less cost.
     """
 
+    by_tile = True
+
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self.patterns = tuple(patterns)
 
@@ -244,13 +246,25 @@ class PatternMass(Reducer):
         """See `Reducer`."""
         out = frame.zeros(frame.q_len, len(self.patterns))
 
-        def add(tile: Tile) -> None:
+        kept: dict[tuple[int, int, int, int], Tensor] = {}
+
+        def meets(tile: Tile, n: int) -> Tensor:
+            at = (tile.n, tile.lo, tile.hi, n)
+            if at in kept:
+                return kept[at]
             i = torch.arange(tile.rows.start, tile.rows.stop, device=frame.device)[:, None] + frame.start
             j = torch.arange(tile.lo, tile.hi, device=frame.device)[None]
             unit = torch.arange(tile.unit, tile.unit + tile.count, device=frame.device)[:, None, None]
-            for n, pattern in enumerate(self.patterns):
-                meets = pattern.allows(i, j, unit % frame.heads, unit // frame.heads)
-                out[tile.units, tile.rows, n] = (tile.weights * meets).sum(-1)
+            found = self.patterns[n].allows(i, j, unit % frame.heads, unit // frame.heads).to(frame.dtype)
+            if found.ndim < 3:  # neither head nor sample matters
+                if any(key[0] != tile.n for key in kept):
+                    kept.clear()
+                kept[at] = found
+            return found
+
+        def add(tile: Tile) -> None:
+            for n in range(len(self.patterns)):
+                out[tile.units, tile.rows, n] = torch.linalg.vecdot(tile.weights, meets(tile, n))
 
         return add, lambda: frame.per_head(out)
 
@@ -305,6 +319,7 @@ class Pairs(Reducer):
         edges = [*torch.searchsorted(b * frame.q_len + i, bounds).tolist(), len(i)]
         found: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = {}
 
+        # Kept for the other heads, 4 bytes a pair.
         def places(tile: Tile, sample: int) -> tuple[Tensor, Tensor]:
             """Rows of the pairs in the tile, and their places in one unit's storage; the same for all heads."""
             width = tile.storage.shape[2]

@@ -52,6 +52,7 @@ class Scope:
     invalid: Tensor | None  # bool [b|1, q], True: the row counts for nothing
     device: torch.device
     triangles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    tile_masks: dict[tuple[tuple[int, int], int, int], Tensor] = field(default_factory=dict)
 
     def may_be_empty(self) -> bool:
         """Whether some row may have no key (or is not valid)."""
@@ -167,15 +168,29 @@ class Scope:
     def _forbid(self, scores: Tensor, units: tuple[int, int], rows: tuple[int, int], keys: slice | Tensor) -> None:
         if self.causal:
             scores.masked_fill_(self._later(rows, keys), NOTHING)
-        if self.pattern is None and self.allowed is None:
+        if self.allowed is not None:
+            scores.masked_fill_(~self._piece(self.allowed, units, rows, keys), NOTHING)
+        if self.pattern is None:
             return
         i = torch.arange(rows[0] + self.start, rows[1] + self.start, device=self.device)[:, None]
         j = torch.arange(keys.start, keys.stop, device=self.device) if isinstance(keys, slice) else keys
-        if self.pattern is not None:
-            unit = torch.arange(*units, device=self.device)[:, None, None]
-            scores.masked_fill_(~self.pattern.allows(i, j[None], unit % self.heads, unit // self.heads), NOTHING)
-        if self.allowed is not None:
-            scores.masked_fill_(~self._piece(self.allowed, units, rows, keys), NOTHING)
+        scores.masked_fill_(self._forbidden(units, rows, keys, i, j[None]), NOTHING)
+
+    def _forbidden(
+        self, units: tuple[int, int], rows: tuple[int, int], keys: slice | Tensor, i: Tensor, j: Tensor
+    ) -> Tensor:
+        """Bool, broadcastable to [units, rows, keys]: the pattern forbids the pair. Kept until the tile changes."""
+        assert self.pattern is not None
+        at = (rows, keys.start, keys.stop) if isinstance(keys, slice) else None
+        if at is not None and at in self.tile_masks:
+            return self.tile_masks[at]
+        unit = torch.arange(*units, device=self.device)[:, None, None]
+        found = ~self.pattern.allows(i, j, unit % self.heads, unit // self.heads)
+        if at is not None and found.ndim < 3:  # neither head nor sample matters
+            if any(key[0] != rows for key in self.tile_masks):
+                self.tile_masks.clear()
+            self.tile_masks[at] = found
+        return found
 
     def _later(self, rows: tuple[int, int], keys: slice | Tensor) -> Tensor:
         """Bool [rows, keys]: the key comes after the query. Most tiles of a pass need the same few triangles."""

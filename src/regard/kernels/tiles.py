@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class Reducer(ABC):
     needs_entropy = False  # in Frame.entropy
     needs_diagonals = False  # zeros past the end of each row of Tile.storage
     all_heads = False  # every head of a sample in the same tile
+    by_tile = False  # a tile of all units before the next tile, so that masks of positions can be kept for it
 
     @abstractmethod
     def start(self, frame: Frame) -> tuple[Add | None, Callable[[], Any]]:
@@ -290,42 +292,45 @@ def _run(
     score_buffer = torch.empty(most, dtype=work, device=q.device)
     weight_buffer = torch.empty(most, dtype=work, device=q.device)
 
-    for u0 in range(0, units, many):
-        u1 = min(u0 + many, units)
+    # Keys of a head stay in the cache through its tiles; what depends on positions alone is made once a tile.
+    starts, numbers = range(0, units, many), range(len(tiles))
+    by_tile = scope.pattern is not None or any(r.by_tile for r in reducers)
+    order = product(numbers, starts) if by_tile else ((n, u0) for u0, n in product(starts, numbers))
+    for n, u0 in order:
+        u1, (i0, i1) = min(u0 + many, units), tiles[n]
         count, kv = u1 - u0, slice(u0 // group, (u1 - 1) // group + 1)
-        for n, (i0, i1) in enumerate(tiles):
-            samples = spans[n]
-            span = samples[0]
-            if len(samples) > 1:
-                span = reduce(Span.cover, samples[u0 // heads : (u1 - 1) // heads + 1])
-            if span.lo >= span.hi:
-                continue  # no key for any row: the results start out as "empty"
-            rows, width = i1 - i0, span.hi - span.lo
-            # A causal tile has zeros past each row's end already; others get room for reading along diagonals.
-            natural = scope.causal and span.hi == i1 + scope.start and width >= rows
-            room = 0 if natural or not want_room else rows
-            shape = (count, rows, width + room)
-            storage = score_buffer[: math.prod(shape)].view(shape)
-            weights = weight_buffer[: math.prod(shape)].view(shape)
-            scores = storage[..., :width] if room else storage
-            if count == 1:
-                torch.mm(q_all[u0, i0:i1], k_all[kv.start, span.lo : span.hi].t(), out=scores[0])
-            else:
-                queries = q_all[u0:u1, i0:i1].reshape(count // group, group * rows, dim)
-                keys = k_all[kv, span.lo : span.hi].transpose(1, 2)
-                torch.bmm(queries, keys, out=scores.view(count // group, group * rows, width))
-            if room:
-                storage[..., width:] = NOTHING
-            if softcap is not None:
-                scores.div_(softcap).tanh_().mul_(softcap)
-            scope.forbid(scores, (u0, u1), (i0, i1), span)
-            torch.softmax(storage, -1, out=weights)
-            at = (slice(u0, u1), slice(i0, i1))
-            row_stats.take(storage, weights, width, at, want_entropy)
-            if adds:
-                kept = weights[..., :width] if room else weights
-                piece = Tile(n, u0, count, *at, span.lo, span.hi, kept, weights, natural)
-                for add in adds:
-                    add(piece)
+        samples = spans[n]
+        span = samples[0]
+        if len(samples) > 1:
+            span = reduce(Span.cover, samples[u0 // heads : (u1 - 1) // heads + 1])
+        if span.lo >= span.hi:
+            continue  # no key for any row: the results start out as "empty"
+        rows, width = i1 - i0, span.hi - span.lo
+        # A causal tile has zeros past each row's end already; others get room for reading along diagonals.
+        natural = scope.causal and span.hi == i1 + scope.start and width >= rows
+        room = 0 if natural or not want_room else rows
+        shape = (count, rows, width + room)
+        storage = score_buffer[: math.prod(shape)].view(shape)
+        weights = weight_buffer[: math.prod(shape)].view(shape)
+        scores = storage[..., :width] if room else storage
+        if count == 1:
+            torch.mm(q_all[u0, i0:i1], k_all[kv.start, span.lo : span.hi].t(), out=scores[0])
+        else:
+            queries = q_all[u0:u1, i0:i1].reshape(count // group, group * rows, dim)
+            keys = k_all[kv, span.lo : span.hi].transpose(1, 2)
+            torch.bmm(queries, keys, out=scores.view(count // group, group * rows, width))
+        if room:
+            storage[..., width:] = NOTHING
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        scope.forbid(scores, (u0, u1), (i0, i1), span)
+        torch.softmax(storage, -1, out=weights)
+        at = (slice(u0, u1), slice(i0, i1))
+        row_stats.take(storage, weights, width, at, want_entropy)
+        if adds:
+            kept = weights[..., :width] if room else weights
+            piece = Tile(n, u0, count, *at, span.lo, span.hi, kept, weights, natural)
+            for add in adds:
+                add(piece)
     row_stats.finish()
     return [finish() for _, finish in started]

@@ -74,6 +74,8 @@ class SameToken(Reducer):
     are few `Pairs` with a list is cheaper.
     """
 
+    by_tile = True
+
     def __init__(self, row_ids: Int[Tensor, "batch q_len"], key_ids: Int[Tensor, "batch kv_len"]) -> None:
         self.row_ids, self.key_ids = row_ids, key_ids
 
@@ -81,7 +83,6 @@ class SameToken(Reducer):
         """See `Reducer`."""
         out = frame.zeros(frame.q_len)
         known: dict[tuple[int, int, int, int], Tensor] = {}
-        keep = frame.batch * frame.q_len * frame.kv_len <= 1 << 24  # else compare again for every head
 
         def related(sample: int, tile: Tile) -> Tensor:
             at = (tile.n, sample, tile.lo, tile.hi)
@@ -90,8 +91,9 @@ class SameToken(Reducer):
             i, j = _positions(tile, frame)
             same = self.row_ids[sample, tile.rows, None] == self.key_ids[sample, None, tile.lo : tile.hi]
             mask = (same & (j < i)).to(frame.dtype)
-            if keep:
-                known[at] = mask
+            if any(key[0] != tile.n for key in known):
+                known.clear()
+            known[at] = mask  # for the other heads of this tile
             return mask
 
         def add(tile: Tile) -> None:
@@ -99,7 +101,7 @@ class SameToken(Reducer):
                 u0 = max(tile.units.start, sample * frame.heads)
                 u1 = min(tile.units.stop, (sample + 1) * frame.heads)
                 part = tile.weights[u0 - tile.units.start : u1 - tile.units.start]
-                out[u0:u1, tile.rows] = torch.einsum("urk,rk->ur", part, related(sample, tile))
+                out[u0:u1, tile.rows] = torch.linalg.vecdot(part, related(sample, tile))
 
         return add, lambda: frame.per_head(out)
 
