@@ -130,9 +130,10 @@ def test_the_panel_shows_what_the_atlas_holds(opened, text_report):
             assert value == "–"
         else:
             assert float(value.replace(",", "")) == pytest.approx(c["value"], rel=0.006, abs=1e-6)
-    raw = atlas["received_raw"].values[1, 0, 0]
+    received = close_up(llama(layers=3), {"input_ids": text_ids()}, [])["model.layers.1.self_attn"].received[0]
     first = o.page.locator("#received li").first
-    assert first.locator(".pos").inner_text() == str(int(raw.argmax()))
+    assert first.locator(".pos").inner_text() == str(int(received.argmax()))
+    assert float(first.locator(".number").inner_text()) == pytest.approx(float(received.max()), rel=0.006)
     assert o.page.locator("#received li").count() == 20
     assert o.page.locator("#offsets svg path").count() == 2
     assert o.page.locator("#entropy svg path").count() == 2

@@ -82,6 +82,7 @@ def test_a_close_up_holds_window_heaviest_keys_and_blocks(call, size):
         heaviest.numpy(), np.sort(whole[:, rows], -1)[..., ::-1][..., :count], rtol=1e-4, atol=1e-6
     )
     np.testing.assert_allclose(np.take_along_axis(whole[:, rows], index.numpy(), -1), heaviest, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen.received.numpy(), whole.sum(1) / length, rtol=1e-4, atol=1e-6)
     block = np.arange(length) * size // length
     expected = np.zeros((len(whole), size, size))
     for a in np.unique(block):

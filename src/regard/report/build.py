@@ -29,7 +29,7 @@ from regard.watch.recorder import Watch, token_texts, watch
 from .pack import script_json
 from .payload import Extras, Picture, payload
 from .picture import as_inputs, patch_grid, png
-from .taxonomy import LOOKS, slug
+from .taxonomy import LOOKS, UNJUDGED, slug
 from .windows import LIMIT, Closeup, Window, close_up
 
 SCRIPTS = ("data", "dom", "draw", "grid", "head", "layers", "picture", "tokens", "main")
@@ -370,11 +370,10 @@ def _facts(atlas: Atlas, header: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _received_note(header: Mapping[str, Any]) -> str:
-    return (
-        "The twenty keys with the largest mean weight from the queries that may see them."
-        if header["received"]
-        else "Kept for single samples watched with per_sample=('received_raw',)."
-    )
+    figure = (header["received"] or {}).get("figure")
+    if figure == "mass":
+        return "The twenty keys that get the largest share of all the mass this head gives."
+    return "The twenty keys with the largest mean weight from the queries that may see them."
 
 
 def _notes(
@@ -413,7 +412,8 @@ def _notes(
             ("Judged on tasks", f"{', '.join(probes)}: scores from prompts made for the purpose, not this text.")
         )
     if unmeasured:
-        notes.append(("Not judged here", "; ".join(f"{role}: {why}" for role, why in unmeasured.items()) + "."))
+        words = " ".join(f"{role[0].upper()}{role[1:]}: {UNJUDGED.get(role, why)}." for role, why in unmeasured.items())
+        notes.append(("Not judged here", words))
     watched = f"Statistics: {', '.join(names) if isinstance(names, list) else names}. " if names else ""
     runs = atlas.provenance
     if runs:

@@ -100,7 +100,7 @@ def payload(atlas: Atlas, table: RoleTable, extras: Extras) -> tuple[dict[str, A
         "offsets": _offsets(frame, blob),
         "window": _optional(frame, "window_mass"),
         "entropyAt": _optional(frame, "entropy_at"),
-        "received": _received(frame),
+        "received": _received(frame, extras),
         "queryLength": [q for q, _ in lengths],
         "keyLength": [k for _, k in lengths],
         "picture": vars(extras.picture) if extras.picture else None,
@@ -369,18 +369,26 @@ def _offsets(frame: Frame, blob: Blob) -> dict[str, Any] | None:
     return {"offsets": offsets.tolist(), "widths": widths}
 
 
-def _received(frame: Frame) -> list[Any] | None:
-    """The keys that receive most, [position, mean weight from the queries that may see it], for one sample."""
+def _received(frame: Frame, extras: Extras) -> dict[str, Any] | None:
+    """The keys that receive most, [position, figure]: the share of all mass where looked at closely, else the atlas's
+    mean weight from the queries that may see the key (single samples only)."""
     atlas = frame.atlas
-    if "received_raw" not in atlas or atlas.sizes.get("sample") != 1:
+    if extras.closeups:
+        closeups = [extras.closeups.get(name) for name in frame.names]
+        rows = [None if c is None or c.received is None else c.received.numpy() for c in closeups]
+        figure = "mass"
+    elif "received_raw" in atlas and atlas.sizes.get("sample") == 1:
+        rows = list(atlas["received_raw"].transpose("sample", "layer", "head", "key").values[0])
+        figure = "weight"
+    else:
         return None
-    raw = atlas["received_raw"].transpose("sample", "layer", "head", "key").values[0]
-    out = []
-    for i, n in enumerate(frame.heads):
-        layer = []
-        for h in range(n):
-            row = np.nan_to_num(raw[i, h])
-            order = np.argsort(-row, kind="stable")[:RECEIVERS]
-            layer.append([[int(k), rounded(float(row[k]))] for k in order if row[k] > 0])
-        out.append(layer)
-    return out
+    return {
+        "figure": figure,
+        "top": [[] if x is None else [_top(r) for r in x[:n]] for x, n in zip(rows, frame.heads, strict=True)],
+    }
+
+
+def _top(row: np.ndarray) -> list[list[Any]]:
+    row = np.nan_to_num(row)
+    order = np.argsort(-row, kind="stable")[:RECEIVERS]
+    return [[int(k), rounded(float(row[k]))] for k in order if row[k] > 0]

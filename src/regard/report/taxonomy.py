@@ -84,3 +84,10 @@ SCORES: dict[str, str] = {
     "uniform/top1": "top weight",
     "global": "distance share",
 }
+
+UNJUDGED: dict[str, str] = {
+    "retrieval": "needs needles to copy, which this text does not mark (probes=, or --probe)",
+    "induction": "needs token ids",
+    "block": "needs a pattern to judge by (templates={'block': ...})",
+}
+"""Why a role was judged for no head, in the words of who can change it."""

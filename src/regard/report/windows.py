@@ -113,6 +113,18 @@ class _BlockMap(Reducer):
         return add, lambda: frame.per_head(out / count[:, None])
 
 
+class _Received(Reducer):
+    """What each key receives, as a share of the rows: [b, h, k] = sum_i P_ij / q_len."""
+
+    def start(self, frame: Frame) -> tuple[Any, Any]:
+        out = frame.zeros(frame.kv_len)
+
+        def add(tile: Tile) -> None:
+            out[tile.units, tile.lo : tile.hi] += tile.weights.sum(1)
+
+        return add, lambda: frame.per_head(out / frame.q_len)
+
+
 @dataclass
 class Closeup:
     """What `close_up` saw of one attention layer (first sample)."""
@@ -125,6 +137,8 @@ class Closeup:
     """Each window, cut to the layer's lengths, and its weights [heads, rows, keys]."""
     heaviest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """For each window: weights and keys of the rows' heaviest keys anywhere, [heads, rows, count]."""
+    received: Tensor | None = None
+    """What each key receives, as a share of all rows: [heads, kv_len], sums to 1."""
     blocks: Tensor | None = None
     """Block map [heads, size, size]: the share of a query block's mass that a key block gets."""
 
@@ -161,7 +175,7 @@ class _Watcher:
         if options["mask"] is not None:
             options["mask"] = options["mask"][:1]
         found = Closeup(call.kind, call.causal, q_len, kv_len)
-        reducers: list[Reducer] = []
+        reducers: list[Reducer] = [_Received()]
         for window in self.windows:
             rows = (min(window.rows[0], q_len), min(window.rows[1], q_len))
             keys = (min(window.keys[0], kv_len), min(window.keys[1], kv_len))
@@ -170,7 +184,8 @@ class _Watcher:
                 reducers += [_Cut(rows, keys), _Heaviest(rows, min(self.top, kv_len))]
         if self.blocks:
             reducers.append(_BlockMap(self.blocks))
-        results = tile_pass(q, k, reducers, **options) if reducers else []
+        received, *results = tile_pass(q, k, reducers, **options)
+        found.received = received[0].cpu()
         for i, (window, _) in enumerate(found.windows):
             found.windows[i] = (window, results[2 * i][0].cpu())
             found.heaviest.append((results[2 * i + 1][0][0].cpu(), results[2 * i + 1][1][0].cpu()))

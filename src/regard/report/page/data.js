@@ -42,6 +42,8 @@ const measureOf = (name, h) => measures.get(name)?.values[h.layer][h.head] ?? nu
 /** The tokens a layer's queries or keys stand for: null when only positions are known. */
 const axisOf = (h, side) => header.axes[layers[h.layer][side === "q" ? "q_axis" : "k_axis"]] ?? null;
 
+for (const axis of header.axes) axis.small = !header.picture && axis.reduce((n, t) => n + t.length, 0) < 1.6 * axis.length;
+
 const VISIBLE = { " ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u2028": "⏎", "\u2029": "⏎" };
 /** White space made visible; control characters become their picture. */
 function visible(text) {

@@ -195,7 +195,7 @@ function startGrid() {
   });
   // Few heads a layer: larger maps; many: as many as fit.
   const most = Math.max(...layers.map((l) => l.heads));
-  $("grid").style.setProperty("--cell", `${Math.round(Math.min(150, Math.max(76, 1380 / most - 9)))}px`);
+  $("grid").style.setProperty("--cell", `${Math.round(Math.min(164, Math.max(76, 1380 / most - 9)))}px`);
   roving($("grid"), () => [...$("grid").querySelectorAll(".cell")], () => columnsOf($("grid")));
   sync();
   update();

@@ -219,6 +219,16 @@ function bar(value, max = 1) {
   return el("span", { class: "bar", "aria-hidden": "true" }, el("span", { style: { width: `${Math.min(100, Math.max(0, (100 * value) / max))}%` } }));
 }
 
+/** One key with its weight. Where tokens are single characters, a few around it say which one it is. */
+function keyLine(axis, pos, value, max) {
+  const around = axis && axis.small ? 5 : 0;
+  const part = (a, b) => Array.from({ length: Math.max(0, b - a) }, (_, i) => tokenAt(axis, a + i)).join("");
+  const tok = around
+    ? el("span", { class: "tok near" }, part(Math.max(0, pos - around), pos), el("b", { text: tokenAt(axis, pos) }), part(pos + 1, Math.min(axis.length, pos + 1 + around)))
+    : el("span", { class: "tok", text: tokenAt(axis, pos) || "key" });
+  return el("li", {}, tok, el("span", { class: "pos", text: pos }), bar(value, max), el("span", { class: "number", text: num(value) }));
+}
+
 function drawBudgets(h) {
   const list = header.budgets.map((b) => ({ ...b, kept: b.recall[h.layer][h.head] })).filter((b) => b.kept !== null);
   $("budgets-box").hidden = !list.length;
@@ -228,12 +238,10 @@ function drawBudgets(h) {
 }
 
 function drawReceived(h) {
-  const list = header.received?.[h.layer]?.[h.head] ?? [];
-  const axis = axisOf(h, "k");
+  const list = header.received?.top[h.layer]?.[h.head] ?? [];
   const max = Math.max(...list.map((r) => r[1]), 1e-12);
   $("received-box").hidden = !list.length;
-  $("received").replaceChildren(...list.map(([pos, mass]) => el("li", {},
-    el("span", { class: "tok", text: tokenAt(axis, pos) || "key" }), el("span", { class: "pos", text: pos }), bar(mass, max), el("span", { class: "number", text: num(mass) }))));
+  $("received").replaceChildren(...list.map(([pos, mass]) => keyLine(axisOf(h, "k"), pos, mass, max)));
 }
 
 function drawOffsets(h) {

@@ -67,8 +67,7 @@ function drawQuery() {
   $("query-note").textContent = w.covers
     ? `All ${num(w.keys[1] - w.keys[0])} keys are exact.`
     : `Exact for keys ${w.keys[0]}–${w.keys[1] - 1}: ${percent(sum(row.inside))} of the mass. Keys outside come from the ${w.top} heaviest of each head${row.n > 1 ? ", so their means are lower bounds" : ", exact too"}: ${percent(sum(row.outside))}.`;
-  $("top-keys").replaceChildren(...all.slice(0, 12).map(([k, v]) => el("li", {},
-    el("span", { class: "tok", text: tokenAt(axis, k) || "key" }), el("span", { class: "pos", text: k }), bar(v, max), el("span", { class: "number", text: num(v) }))));
+  $("top-keys").replaceChildren(...all.slice(0, 12).map(([k, v]) => keyLine(axis, k, v, max)));
   drawLooks(i);
 }
 
@@ -122,7 +121,7 @@ function paintTokens(i, weights, max, role) {
   tokenNodes.forEach((node, k) => {
     const v = weights.get(k) ?? 0;
     node.style.backgroundColor = shade(role, Math.sqrt(v / max));
-    node.classList.toggle("on", v > 0); // shaded tokens are never dimmed
+    node.classList.toggle("on", v > max / 80); // shaded tokens are never dimmed
     node.classList.toggle("later", causal && k > i);
     const on = k === i;
     if (on !== node.classList.contains("query")) {
