@@ -354,6 +354,8 @@ def train(
 
 def _load(name: str, device: str) -> Any:
     """The model on its device; a name that leads nowhere is a usage error."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun, a GPU for each process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     _check_device(device)
     _quiet()
     try:
@@ -398,6 +400,31 @@ def _watch_text(loaded: Any, text: str, statistics: str, tokens: int | None) -> 
         with regard.watch(loaded.model, statistics=statistics, tokenizer=loaded.tokenizer) as watched:
             loaded.model(**inputs)
     return watched.atlas
+
+
+def _watch_corpus(
+    loaded: Any, corpus: Path, out: Path, statistics: str, batch: int, tokens: int | None, resume: bool
+) -> Any:
+    """The atlas of a corpus; None in every process but the first."""
+    from rich.progress import Progress
+
+    from regard.watch.corpus import watch_corpus
+
+    if loaded.tokenizer is None:
+        raise typer.BadParameter(f"{loaded.name!r} has no tokenizer, so it takes no text", param_hint="MODEL")
+    with Progress(console=say, disable=not say.is_terminal, transient=True) as bar:
+        task = bar.add_task("batches", total=None)
+        return watch_corpus(
+            loaded.model,
+            loaded.tokenizer,
+            corpus,
+            out,
+            statistics=statistics,
+            batch_size=batch,
+            max_length=tokens,
+            resume=resume,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def _build_report(
