@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.watch.seam_models import Spy, watched
 
@@ -359,3 +361,40 @@ def test_shared_layers_count_their_calls():
     spy = watched(model, lambda: model(ids()))
     name = "encoder.albert_layer_groups.0.albert_layers.0.attention"
     assert [(c.layer, c.index) for c in spy.calls] == [(name, 0), (name, 1), (name, 2)]
+
+
+@given(
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 2), (3, 3)]),
+    length=st.integers(1, 12),
+    left=st.integers(0, 11),
+    batch=st.integers(1, 3),
+    window=st.sampled_from([None, 1, 2, 5]),
+    static=st.booleans(),
+)
+@settings(max_examples=12)
+@torch.no_grad()
+def test_any_decoder(heads, length, left, batch, window, static):
+    """Odd lengths, one token, windows shorter than the prompt, prompts as long as a group has heads."""
+    torch.manual_seed(1)
+    left = min(left, length - 1)
+    config = tr.MistralConfig(
+        vocab_size=64, hidden_size=8 * heads[0], intermediate_size=16, num_hidden_layers=1, num_attention_heads=heads[0],
+        num_key_value_heads=heads[1], head_dim=8, sliding_window=window, attn_implementation="sdpa",
+    )  # fmt: skip
+    how = {"cache_implementation": "static"} if static else {}
+    mask = ones(batch, length, left=left)
+    spy = generate(tr.MistralForCausalLM(config).eval(), ids(batch, length), mask, **how)
+    assert [(c.forward, c.step) for c in spy.calls] == [(0, "prompt"), (1, "generated"), (2, "generated")]
+    for call in spy.calls:
+        assert call.q.shape[:2] == (batch, heads[0])
+        assert call.k.shape[:2] == (batch, heads[1])
+        assert call.q_pos[-1] == length + call.forward - 1
+        assert call.kv_pos[call.q_start] == call.q_pos[0]
+        assert call.causal
+        real = torch.cat([mask, torch.ones(batch, call.forward, dtype=torch.long)], 1).bool()
+        assert torch.equal(call.valid, real[:, call.q_pos])
+        held = call.kv_pos < length + call.forward
+        assert not call.kv_valid[:, ~held].any()
+        # a static cache's masks are made before, so only keys inside the window can be told from padding
+        told, got = real[:, call.kv_pos[held]], call.kv_valid[:, held]
+        assert torch.equal(got, told) or (static and window and not (got & ~told).any())
