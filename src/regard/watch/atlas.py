@@ -39,12 +39,15 @@ import importlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+import zarr.storage
 
 from .variables import CONCAT, MAX, MERGES, SUM, VARIABLES, how_to_ask
 
@@ -107,19 +110,21 @@ class Atlas(xr.Dataset):
     # -- storing --------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the atlas as a Zarr directory at `path`, replacing an older atlas there only when whole.
+        """Write the atlas as a Zarr directory at `path` (one file if it ends in .zip), whole or not at all.
 
-        The new atlas is written beside it, flushed to disk and moved in; a process killed at any moment leaves the
-        old or the new one readable by `Atlas.load`. A directory that is not an atlas is never replaced.
+        The new atlas is written beside an older one, flushed to disk and moved in; a process killed at any moment
+        leaves the old or the new one readable by `Atlas.load`. What is not an atlas is never replaced.
         """
         path = Path(path)
+        if path.suffix == ".zip":
+            return _save_file(self, path)
         if path.exists() and not _is_zarr(path):
             raise AtlasError(f"path: {path} exists and is not an atlas; give another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh, old = _sibling(path, f"new-{os.getpid()}"), _sibling(path, "old")
         shutil.rmtree(fresh, ignore_errors=True)
         try:
-            xr.Dataset(self.data_vars, self.coords, self.attrs).to_zarr(fresh, mode="w", consolidated=False)
+            _plain(self).to_zarr(fresh, mode="w", consolidated=False)
             _flush(fresh)
             _recover(path)
             if path.exists():
@@ -171,10 +176,19 @@ def load_atlas(path: str | os.PathLike[str]) -> Atlas:
     _recover(path)
     if not path.exists():
         raise FileNotFoundError(f"path: no atlas at {path}")
-    if not _is_zarr(path):
+    if path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise AtlasError(f"path: {path} is a file but not a zipped atlas")
+        with (
+            zarr.storage.ZipStore(path, mode="r") as store,
+            xr.open_zarr(store, consolidated=False, chunks=None) as data,
+        ):
+            data = data.load()
+    elif not _is_zarr(path):
         raise AtlasError(f"path: {path} is not an atlas (no zarr.json in it)")
-    with xr.open_zarr(path, consolidated=False, chunks=None) as data:
-        data = data.load()
+    else:
+        with xr.open_zarr(path, consolidated=False, chunks=None) as data:
+            data = data.load()
     if "format" not in data.attrs:
         raise AtlasError(f"path: {path} is a Zarr dataset but not an atlas")
     if int(data.attrs["format"]) > FORMAT:
@@ -212,8 +226,8 @@ def merge(atlases: Iterable[Atlas]) -> Atlas:
             coords[dim] = np.arange(max(p.sizes[dim] for p in parts))
     merged = {name: _merge_variable([p[name] for p in parts], coords) for name in first.data_vars}
     attrs = dict(first.attrs)
-    runs = [run for p in parts for run in p.provenance]
-    attrs["provenance"] = json.dumps(runs)
+    runs = {json.dumps(run): run for p in parts for run in p.provenance}
+    attrs["provenance"] = json.dumps(list(runs.values()))
     return Atlas(merged, coords, attrs)
 
 
@@ -280,6 +294,31 @@ def _difference(x: Any, y: Any) -> str:
 # -- files --------------------------------------------------------------------------------------------------
 
 
+def _plain(atlas: Atlas) -> xr.Dataset:
+    return xr.Dataset(atlas.data_vars, atlas.coords, atlas.attrs)
+
+
+def _save_file(atlas: Atlas, path: Path) -> Path:
+    if path.exists() and not zipfile.is_zipfile(path):
+        raise AtlasError(f"path: {path} exists and is not an atlas; give another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _sibling(path, f"new-{os.getpid()}")
+    try:
+        held: dict[str, Any] = {}  # a zip cannot be rewritten, and metadata is: it is made in memory first
+        _plain(atlas).to_zarr(zarr.storage.MemoryStore(store_dict=held), mode="w", consolidated=False)
+        with open(fresh, "wb") as handle:
+            with zipfile.ZipFile(handle, "w") as archive:
+                for name, content in held.items():
+                    archive.writestr(name, content.to_bytes())
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(fresh, path)
+        _flush_directory(path.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return path
+
+
 def _sibling(path: Path, tag: str) -> Path:
     return path.with_name(f".{path.name}.{tag}")
 
@@ -300,11 +339,14 @@ def _recover(path: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            with open(os.path.join(parent, file), "rb") as handle:
-                os.fsync(handle.fileno())
-        _flush_directory(Path(parent))
+    def sync(file: str) -> None:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+    folders = [(parent, files) for parent, _, files in os.walk(folder)]
+    with ThreadPoolExecutor(16) as pool:  # waiting together is one wait of the disk
+        list(pool.map(sync, [os.path.join(parent, file) for parent, files in folders for file in files]))
+        list(pool.map(_flush_directory, [Path(parent) for parent, _ in folders]))
 
 
 def _flush_directory(folder: Path) -> None:
