@@ -156,6 +156,7 @@ def test_nested_seams_inside_the_hidden_call(need_weights):
     assert not torch.allclose(out, plain)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("padding", [None, PAD])
