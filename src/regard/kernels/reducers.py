@@ -177,9 +177,10 @@ class Features(Reducer):
         if len(f) != frame.kv_len:
             raise ValueError(f"features must be [kv_len, F] with kv_len = {frame.kv_len}, got {list(f.shape)}")
         out = frame.zeros(frame.q_len, f.shape[1])
+        f = f.t().contiguous()  # a product with a narrow matrix is several times faster this way round
 
         def add(tile: Tile) -> None:
-            out[tile.units, tile.rows] = tile.weights @ f[tile.lo : tile.hi]
+            out[tile.units, tile.rows] = torch.nn.functional.linear(tile.weights, f[:, tile.lo : tile.hi])
 
         return add, lambda: frame.per_head(out)
 
