@@ -379,7 +379,8 @@ def test_any_decoder(heads, length, left, batch, window, static):
     left = min(left, length - 1)
     config = tr.MistralConfig(
         vocab_size=64, hidden_size=8 * heads[0], intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8, sliding_window=window, attn_implementation="sdpa",
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8, sliding_window=window,
+        attn_implementation="sdpa",
     )  # fmt: skip
     how = {"cache_implementation": "static"} if static else {}
     mask = ones(batch, length, left=left)
