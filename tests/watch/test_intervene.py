@@ -907,6 +907,22 @@ def test_what_is_not_there_is_said():
         trace(model, padded, Site(0, "z"), edits=mask_heads([(0, 1)], "resample"), anatomy=parts)
 
 
+def test_sequence_first_streams():
+    """Whole streams work; what would take the length for the batch is refused."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48), 2).eval()
+    x = torch.randn(6, 2, 32)
+    site = Site(0, "resid_post")
+    value = trace(model, x, site)[site]
+    with intervene(model, Edit(site, "set", value=value)):
+        assert torch.equal(output(model, x), output_plain(model, x))
+    for edit in (Edit(Site(0, "resid_post", pos=0), "zero"), Edit(site, "mean")):
+        with pytest.raises(ValueError, match="batch_first=False"):
+            trace(model, x, site, edits=edit)
+    z = Site(0, "z", head=1, pos=-1)
+    assert trace(model, x, z, edits=Edit(z, "zero"))[z].shape == (2, 8)
+
+
 def test_a_layer_that_runs_twice_has_no_single_site():
     from transformers import AlbertConfig, AlbertModel
 

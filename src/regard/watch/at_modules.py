@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regard.watch.passes import columns
 from regard.watch.places import Place, find_logits, read_input, replace_first, write_input
-from regard.watch.running import Running
+from regard.watch.running import Action, Running
 from regard.watch.site import BLOCK_PARTS
 
 
@@ -56,6 +56,11 @@ class AtModules(Running):
             x = x.view(batch, -1, shape[1])  # a block that flattened batch and length
         new = x.clone() if in_place else x
         changed = False
+        if any(_tells_samples_apart(a) for a in due) and _sequence_first(self.model):
+            raise ValueError(
+                f"{due[0].site}: the model has nn.MultiheadAttention with batch_first=False, so dimension 0 of its "
+                "stream is the length: pos, scan, and mean or resample over the batch need batch_first=True"
+            )
         for a in due:
             axis = self._axis(a.site)
             length = x.shape[1] if x.ndim > 2 else 1
@@ -75,3 +80,12 @@ class AtModules(Running):
             x.copy_(new)
             return met
         return new.view(shape) if changed else met
+
+
+def _tells_samples_apart(a: Action) -> bool:
+    mixes = a.edit is not None and a.edit.op in ("mean", "resample") and a.edit.value is None
+    return a.site.pos is not None or a.batch is not None or mixes
+
+
+def _sequence_first(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
