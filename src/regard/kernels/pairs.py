@@ -159,10 +159,12 @@ def pattern_mass(
     group = q.shape[1] // k.shape[1]
     units, q_len, dim = qs.shape
     out = torch.zeros_like(flat)
-    for i0 in range(0, q_len if units else 0, tile):
-        i1 = min(i0 + tile, q_len)
-        found = scope.key_intervals(i0, i1)
-        pieces = [[0, scope.kv_len]] if found is None else found[0].tolist()
+    if out.numel() == 0:
+        return out.view(q.shape[:3])
+    tiles = [(i0, min(i0 + tile, q_len)) for i0 in range(0, q_len, tile)]
+    found = scope.key_intervals(tiles)
+    for n, (i0, i1) in enumerate(tiles):
+        pieces = [[0, scope.kv_len]] if found is None else found[n][0].tolist()
         if is_causal:
             pieces = [[a, min(b, i1 + scope.start)] for a, b in pieces]
         keys = torch.cat([torch.arange(a, max(a, b)) for a, b in pieces] or [torch.arange(0)]).to(q.device)

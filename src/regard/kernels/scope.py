@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,30 +79,34 @@ class Scope:
                 out[n] = [span.both(out[n][0]) for span in per_batch]
         return out
 
-    def key_intervals(self, i0: int, i1: int) -> tuple[Tensor, Tensor] | None:
-        """What the pattern may allow some row of ``[i0, i1)``, and what it allows them all: ``[m, 2]`` each.
+    def key_intervals(self, tiles: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]] | None:
+        """For each tile, what the pattern may allow some row, and what it allows all of them: ``[m, 2]`` each.
 
         None if there is no closed form.
         """
         assert self.pattern is not None
-        a, b = i0 + self.start, i1 + self.start
-        cuts = self.pattern.cuts(a, b)
-        edges = torch.cat([cuts.new_tensor([a]), cuts, cuts.new_tensor([b])])
+        starts = torch.tensor([i0 + self.start for i0, _ in tiles] + [tiles[-1][1] + self.start])
+        cuts = self.pattern.cuts(int(starts[0]), int(starts[-1]))
+        edges = torch.cat([starts, cuts]).unique()
         rows = self.pattern.rows(edges[:-1], edges[1:], self.kv_len)
         if rows is None:
             return None
-        some = intervals.clip(rows.any.reshape(1, -1, 2), self.kv_len)[0]
-        return some, (rows.all[0] if len(cuts) == 0 else rows.all.new_zeros(0, 2))
+        first = torch.searchsorted(edges, starts).tolist()
+        out = []
+        for a, b in pairwise(first):
+            some, every = rows.any[a], rows.all[a]
+            if b - a > 1:  # a tile in pieces: nothing is said of keys that all its rows see
+                some, every = intervals.clip(rows.any[a:b].reshape(1, -1, 2), self.kv_len)[0], every[:0]
+            out.append((some[some[:, 0] < some[:, 1]], every))
+        return out
 
     def _pattern_spans(self, tiles: list[tuple[int, int]]) -> list[Span]:
+        found = self.key_intervals(tiles)
+        if found is None:  # no closed form: look at the pairs themselves, tile by tile
+            return [Span(0, self.kv_len, 0, 0) for _ in tiles]
         out = []
-        for i0, i1 in tiles:
-            found = self.key_intervals(i0, i1)
-            if found is None:  # no closed form: look at the pairs themselves, tile by tile
-                out.append(Span(0, self.kv_len, 0, 0))
-                continue
-            some, every = found
-            lo, hi = (int(some[0, 0]), int(some[:, 1].max())) if len(some) else (0, 0)
+        for some, every in found:
+            lo, hi = (int(some[0, 0]), int(some[-1, 1])) if len(some) else (0, 0)
             full = every[(every[:, 1] - every[:, 0]).argmax()].tolist() if len(every) else (0, 0)
             out.append(Span(lo, hi, full[0], full[1]))
         return out
