@@ -6,7 +6,7 @@ OUT ?= out
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PINS := pyproject.toml constraints.txt
 CHROMIUM := $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome))
 
@@ -63,12 +63,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/stamp-run: $(PINS) | $(VENV)/bin/python
+	@echo "installing regard in $(VENV); the first time takes minutes"
 	$(INSTALL) -e .
 	@touch $@
 
 # timm brings torchvision, whose compiled ops load only beside the torch build they were made for. Where they do not
 # (a CPU build of torch), its Python part is put aside for the tests that use timm: see tests/vision.py.
 $(VENV)/stamp-test: $(PINS) | $(VENV)/bin/python
+	@echo "installing regard and what its tests need in $(VENV); the first time takes minutes"
 	$(INSTALL) -e ".[parquet,test]"
 	@$(BIN)/python -c "import torchvision" 2>/dev/null || { $(BIN)/python -m pip uninstall --quiet -y torchvision && \
 		$(INSTALL) --upgrade --no-deps --target $(VENV)/share/torchvision-python torchvision; }
