@@ -215,3 +215,18 @@ def test_a_model_without_sdpa_is_refused(tmp_path):
     XLNetModel(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=16)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no SDPA attention"):
         load(tmp_path)
+
+
+@torch.no_grad()
+def test_the_demo_text_shows_retrieval_and_induction(decoder):
+    text = (DECODER.parent / "demo.txt").read_text()
+    ids = decoder.tokenizer(text, return_tensors="pt")["input_ids"]
+    logits = decoder.model(ids).logits[0, :-1]
+    digits = text[-5:]
+    assert digits.isdigit()
+    assert bytes(logits.argmax(-1)[-5:].tolist()).decode() == digits
+    bits = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none") / torch.tensor(2.0).log()
+    seal = "kq7-vub2-x9dm-hz40"
+    first, second = (bits[at : at + len(seal)].mean() for at in (text.index(seal), text.rindex(seal)))
+    assert first > 4
+    assert second < 1
