@@ -73,7 +73,7 @@ def test_twelve_by_twelve_heads_at_4096_tokens_stay_below_5_mb(tmp_path):
     for name in w.atlas["layer"].values:
         maps = [torch.rand(12, 128, 128, generator=generator).pow(4).tril() for _ in range(2)]
         top = torch.rand(12, 128, 8, generator=generator), torch.randint(0, 4096, (12, 128, 8), generator=generator)
-        closeups[name] = Closeup("self", True, 4096, 4096, [(window, maps[0])], [top], maps[1])
+        closeups[name] = Closeup("self", True, 4096, 4096, [(window, maps[0])], [top], blocks=maps[1])
     long = w.atlas.copy()
     assert report(long, tmp_path / "big.html", windows=closeups).size < 5_000_000
 

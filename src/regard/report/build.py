@@ -271,7 +271,7 @@ def _axes(
     if picture is not None:
         rows, cols = picture.grid
         extra = ["[CLS]", *(f"[REG{i}]" for i in range(1, picture.prefix))][: picture.prefix]
-        return [[*extra, *(f"row {r}, column {c}" for r in range(rows) for c in range(cols))]], {}
+        return [[*extra, *(f"r{r}c{c}" for r in range(rows) for c in range(cols))]], {}
     if tokenizer is None or not isinstance(inputs.get("input_ids"), Tensor):
         return None, {}
     axes = [token_texts(tokenizer, inputs["input_ids"][0].cpu().numpy()).tolist()]

@@ -4,7 +4,9 @@ const header = JSON.parse(document.getElementById("regard-header").textContent);
 
 async function inflate(base64) {
   if (typeof DecompressionStream === "undefined") throw new Error("this browser has no DecompressionStream (needs 2023 or later)");
-  const packed = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const text = atob(base64);
+  const packed = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).arrayBuffer();
 }
@@ -13,10 +15,13 @@ const blob = await inflate(document.getElementById("regard-arrays").textContent.
 
 const VIEWS = { u8: Uint8Array, u16: Uint16Array, u32: Uint32Array, f32: Float32Array };
 
+const opened = new Map();
 /** A typed view of one packed array, or null when the atlas did not hold it. */
 function array(name) {
   const a = header.arrays[name];
-  return a ? new VIEWS[a.dtype](blob, a.offset, a.length) : null;
+  if (!a) return null;
+  if (!opened.has(name)) opened.set(name, new VIEWS[a.dtype](blob, a.offset, a.length));
+  return opened.get(name);
 }
 
 /** Codes of the log quantiser: 0 stands for "below the floor", 255 for 1. */
@@ -121,9 +126,13 @@ function pool(map) {
 }
 
 /** Exact windows that hold this head. */
-function windowsOf(h) {
-  return header.windows.filter((w) => w.layers[h.layer]).map((w) => ({ ...w, ...w.layers[h.layer] }));
-}
+const windowsByLayer = layers.map((_, l) => header.windows.filter((w) => w.layers[l]).map((w) => {
+  const spec = w.layers[l];
+  const span = ([a, b]) => `${a}–${b - 1}`;
+  const label = `exact ${span(spec.rows)}${spec.rows.join() === spec.keys.join() ? "" : ` × ${span(spec.keys)}`}`;
+  return { id: w.id, array: w.array, top_weights: w.top_weights, top_keys: w.top_keys, ...spec, label };
+}));
+const windowsOf = (h) => windowsByLayer[h.layer];
 
 function openWindow(h, w) {
   const rows = w.rows[1] - w.rows[0];

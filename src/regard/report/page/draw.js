@@ -68,7 +68,7 @@ function ticks(lo, hi, count = 4) {
 }
 
 /** An empty chart with axes: returns the svg and the two scales. xTicks may be [[value, label], ...]. */
-function frame(width, height, { x, y, xLabel, yLabel, xTicks, yTicks, label, left = 54 }) {
+function frame(width, height, { x, y, xLabel, yLabel, xTicks, yTicks, label, left = 62 }) {
   const box = { l: left, r: 12, t: 10, b: 38 };
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": label });
   const X = (v) => box.l + ((v - x[0]) / (x[1] - x[0] || 1)) * (width - box.l - box.r);

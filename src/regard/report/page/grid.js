@@ -193,9 +193,11 @@ function startGrid() {
     sync(); update();
     $("search").focus();
   });
-  // Few heads a layer: larger maps; many: as many as fit.
+  // As many heads as fit in a row; layers of few heads stand side by side.
   const most = Math.max(...layers.map((l) => l.heads));
-  $("grid").style.setProperty("--cell", `${Math.round(Math.min(164, Math.max(76, 1380 / most - 9)))}px`);
+  const cell = most <= 5 ? 116 : Math.round(Math.min(164, Math.max(76, 1380 / most - 9)));
+  $("grid").style.setProperty("--cell", `${cell}px`);
+  $("grid").style.setProperty("--row", `${44 + most * (cell + 9)}px`);
   roving($("grid"), () => [...$("grid").querySelectorAll(".cell")], () => columnsOf($("grid")));
   sync();
   update();

@@ -234,7 +234,7 @@ function drawBudgets(h) {
   $("budgets-box").hidden = !list.length;
   $("budgets").replaceChildren(...list.map((b) => el("div", { class: "budget" },
     el("div", { class: "budget-top" }, el("span", { text: b.label }), el("strong", { text: `loses ${percent(1 - b.kept)}` })),
-    bar(b.kept), el("div", { class: "fine", text: `keeps ${percent(b.kept)} of the mass with ${percent(b.share[h.layer][h.head])} of the pairs` }))));
+    bar(b.kept), el("div", { class: "fine", text: `keeps ${percent(b.kept)} of the mass, on ${percent(b.share[h.layer][h.head])} of what a query may see` }))));
 }
 
 function drawReceived(h) {

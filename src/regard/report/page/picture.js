@@ -61,12 +61,13 @@ function paintPicture(i, weights, max, role) {
     mark.style.height = `${100 / rows}%`;
   }
   overlay.setAttribute("aria-label", `Weights over the picture for query ${header.axes[0]?.[i] ?? i}. Arrow keys move the query patch.`);
+  const shade = shades(role);
   for (const b of $("prefix").children) {
     const k = Number(b.dataset.i);
     const v = weights.get(k) ?? 0;
     b.classList.toggle("query", k === i);
     b.setAttribute("aria-pressed", String(k === i));
-    b.style.backgroundColor = shade(role, Math.sqrt(v / max));
+    b.style.backgroundColor = shade(Math.sqrt(v / max));
     b.title = num(v);
   }
 }

@@ -3,24 +3,20 @@
 const view = { query: null, source: "all", span: null };
 const PAGE = 4096; // tokens put into the document at once
 
+/** Heads whose queries and keys are the tokens shown here (in an encoder-decoder: the encoder's). */
+const textHeads = heads.filter((h) => windowsOf(h).length && layers[h.layer].q_axis === 0 && layers[h.layer].k_axis === 0);
+
 function tokenHeads() {
-  const list = heads.filter((h) => h.kind === "self" && windowsOf(h).length);
+  const list = textHeads;
   if (view.source === "all") return list;
   if (view.source.startsWith("role:")) return list.filter((h) => h.role === view.source.slice(5));
   return list.filter((h) => h.key === view.source.slice(5));
 }
 const tokenRole = () => (view.source.startsWith("role:") ? view.source.slice(5) : view.source.startsWith("head:") ? headByKey.get(view.source.slice(5)).role : "all");
 
-/** Positions whose rows are exact: [first, last + 1] of each window of self-attention. */
-function exactRows() {
-  const seen = new Map();
-  for (const w of header.windows) {
-    const spec = w.layers.find((x, l) => x && layers[l].kind === "self");
-    if (spec) seen.set(spec.rows.join(), spec.rows);
-  }
-  return [...seen.values()].sort((a, b) => a[0] - b[0]);
-}
-const isExact = (i) => exactRows().some(([a, b]) => i >= a && i < b);
+/** Positions whose rows are exact: [first, last + 1] of each window. */
+const exactRows = [...new Map(textHeads.flatMap((h) => windowsOf(h).map((w) => [w.rows.join(), w.rows]))).values()].sort((a, b) => a[0] - b[0]);
+const isExact = (i) => exactRows.some(([a, b]) => i >= a && i < b);
 
 /** Mean row of the heads chosen: weight inside the window, and a lower bound outside it from each head's heaviest keys. */
 function meanRow(list, i) {
@@ -41,15 +37,19 @@ function meanRow(list, i) {
 }
 
 function sourceOptions(select) {
-  const all = heads.filter((h) => h.kind === "self" && windowsOf(h).length);
+  const all = textHeads;
   select.append(el("option", { value: "all", text: `Mean of all ${all.length} heads` }));
   const present = header.roles.filter((r) => all.some((h) => h.role === r.id));
   select.append(el("optgroup", { label: "Mean of a role" }, ...present.map((r) => el("option", { value: `role:${r.id}`, text: `${r.label} (${all.filter((h) => h.role === r.id).length})` }))));
   select.append(el("optgroup", { label: "One head" }, ...all.map((h) => el("option", { value: `head:${h.key}`, text: `${h.key} ${roles.get(h.role).label}` }))));
 }
 
-/** Shade of weight `t` (0..1) over the surface; light enough that ink stays readable on it. */
-const shade = (role, t) => (t > 0 ? `color-mix(in srgb, ${roleColour(role)} ${Math.round(4 + (isDark() ? 46 : 50) * t)}%, transparent)` : "");
+/** Shades of weights `t` (0..1) over the surface; light enough that ink stays readable on it. */
+function shades(role) {
+  const colour = roleColour(role);
+  const most = isDark() ? 46 : 50;
+  return (t) => (t > 0 ? `color-mix(in srgb, ${colour} ${Math.round(4 + most * t)}%, transparent)` : "");
+}
 
 function drawQuery() {
   const i = view.query;
@@ -74,7 +74,7 @@ function drawQuery() {
 /** Every head's heaviest keys for this query. */
 function drawLooks(i) {
   const axis = header.axes[0];
-  const list = heads.filter((h) => h.kind === "self").map((h) => [h, rowOf(h, i)]).filter((x) => x[1]);
+  const list = textHeads.map((h) => [h, rowOf(h, i)]).filter((x) => x[1]);
   const best = list.map(([h, row]) => [h, [...row.weights, ...row.outside].sort((a, b) => b[1] - a[1]).slice(0, 3)]);
   if ($("looks-order").value === "weight") best.sort((a, b) => (b[1][0]?.[1] ?? 0) - (a[1][0]?.[1] ?? 0) || a[0].n - b[0].n);
   $("looks").replaceChildren(...best.map(([h, keys]) => el("li", {},
@@ -87,6 +87,7 @@ function drawLooks(i) {
 // ---- text ----------------------------------------------------------------------------------------------------
 
 let tokenNodes = new Map();
+let painted = new Map(); // weights last shown
 function drawSpan() {
   const axis = header.axes[0];
   const [a, b] = view.span;
@@ -111,16 +112,18 @@ function drawSpan() {
 }
 
 function paintTokens(i, weights, max, role) {
+  painted = weights;
   if (header.picture) { paintPicture(i, weights, max, role); return; }
   if (i < view.span[0] || i >= view.span[1]) {
     const a = Math.floor(i / PAGE) * PAGE;
     view.span = [a, Math.min(header.axes[0].length, a + PAGE)];
     drawSpan();
   }
-  const causal = layers[0].causal;
+  const causal = layers[textHeads[0].layer].causal;
+  const shade = shades(role);
   tokenNodes.forEach((node, k) => {
     const v = weights.get(k) ?? 0;
-    node.style.backgroundColor = shade(role, Math.sqrt(v / max));
+    node.style.backgroundColor = shade(Math.sqrt(v / max));
     node.classList.toggle("on", v > max / 80); // shaded tokens are never dimmed
     node.classList.toggle("later", causal && k > i);
     const on = k === i;
@@ -128,13 +131,12 @@ function paintTokens(i, weights, max, role) {
       node.classList.toggle("query", on);
       node.setAttribute("aria-selected", String(on));
     }
-    node.title = v > 0 ? `${k}: ${num(v)}` : `${k}`;
   });
   $("tokens").setAttribute("aria-activedescendant", `t${i}`);
 }
 
 function moveQuery(i, scroll = true) {
-  const rows = exactRows();
+  const rows = exactRows;
   const last = rows.at(-1)[1] - 1;
   let to = Math.min(last, Math.max(rows[0][0], i));
   if (!isExact(to)) to = i > view.query ? rows.find(([a]) => a > view.query)?.[0] ?? last : [...rows].reverse().find(([, b]) => b <= view.query)?.[1] - 1;
@@ -149,7 +151,7 @@ function moveQuery(i, scroll = true) {
 }
 
 function startTokens() {
-  const rows = exactRows();
+  const rows = exactRows;
   if (!rows.length || !(header.axes[0] || header.picture)) {
     $("token-view").hidden = true;
     $("nav-tokens").hidden = true;
@@ -172,12 +174,16 @@ function startText(rows) {
   const length = header.axes[0].length;
   const whole = rows.length === 1 && rows[0][0] === 0 && rows[0][1] >= length;
   $("exact-note").textContent = whole
-    ? "Every token can be the query: all weights of this text are exact."
+    ? `Every token can be the query: all weights of this text are exact.${header.axes.length > 1 ? " Shown are the encoder’s heads; the decoder’s are in their own panels." : ""}`
     : `Queries can be picked in tokens ${rows.map(([a, b]) => `${a}–${b - 1}`).join(" and ")}, whose weights this page holds exactly; the rest of the ${num(length)} tokens is dimmed.`;
   const a = Math.floor(view.query / PAGE) * PAGE;
   view.span = [a, Math.min(length, a + PAGE)];
   drawSpan();
   const box = $("tokens");
+  box.addEventListener("pointerover", (e) => {
+    const k = Number(e.target.dataset?.i);
+    if (!Number.isNaN(k)) e.target.title = `${k}${painted.has(k) ? `: ${num(painted.get(k))}` : ""}`;
+  });
   box.addEventListener("click", (e) => {
     const i = Number(e.target.dataset?.i);
     if (Number.isNaN(i)) return;
