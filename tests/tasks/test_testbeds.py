@@ -229,4 +229,4 @@ def test_the_demo_text_shows_retrieval_and_induction(decoder):
     seal = "kq7-vub2-x9dm-hz40"
     first, second = (bits[at : at + len(seal)].mean() for at in (text.index(seal), text.rindex(seal)))
     assert first > 4
-    assert second < 1
+    assert second < first / 2
