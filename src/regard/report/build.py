@@ -302,12 +302,18 @@ def _file(name: str) -> str:
 
 
 def _style() -> str:
-    """The style sheet, with the roles' colours."""
+    """The style sheet with the roles' colours; what is dark by choice is also dark before the script has run."""
     colours = {
         theme: "".join(f"--role-{slug(role)}:{getattr(look, theme)};" for role, look in LOOKS.items())
         for theme in ("light", "dark")
     }
-    return f':root{{{colours["light"]}}}\n:root[data-theme="dark"]{{{colours["dark"]}}}\n{_file("style.css")}'
+    sheet = _file("style.css")
+    dark = sheet.partition(':root[data-theme="dark"] {')[2].partition("}")[0] + colours["dark"]
+    return (
+        f":root{{{colours['light']}}}\n{sheet}\n"
+        f':root[data-theme="dark"]{{{colours["dark"]}}}\n'
+        f"@media (prefers-color-scheme: dark){{:root:not([data-theme]){{{dark}}}}}"
+    )
 
 
 def _script() -> str:

@@ -14,6 +14,11 @@ setTheme(chosen === "dark" || chosen === "light" ? chosen : prefersDark.matches 
 prefersDark.addEventListener("change", (e) => { if (!chosen) setTheme(e.matches ? "dark" : "light", false); });
 $("theme").addEventListener("click", () => { chosen = isDark() ? "light" : "dark"; setTheme(chosen, true); });
 
+// Paper is light whatever the screen is.
+let screenTheme = null;
+addEventListener("beforeprint", () => { screenTheme = document.documentElement.dataset.theme; setTheme("light", false); });
+addEventListener("afterprint", () => { if (screenTheme) setTheme(screenTheme, false); });
+
 startGrid();
 startLayers();
 startTokens();
