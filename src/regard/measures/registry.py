@@ -22,7 +22,7 @@ class Measure:
     units: str
     paper: str
 
-    def __call__(self, atlas: Atlas, **options: Any) -> xr.DataArray:
+    def __call__(self, atlas: Any, **options: Any) -> xr.DataArray:
         """The figure of this atlas. Raises AtlasError saying what to watch if the atlas lacks something."""
         if not isinstance(atlas, Atlas):
             raise AtlasError(f"atlas: {self.name} takes a regard.Atlas, got {type(atlas).__name__}")
