@@ -5,12 +5,14 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 
+import regard
 from regard.report.build import build_report
 from regard.report.windows import close_up, exact_weights
 from regard.tasks.testbeds import load
 
-from .models import HOSTILE, llama, text_ids
+from .models import HOSTILE, Pieces, ids, llama, text_ids
 
 pytestmark = pytest.mark.browser
 
@@ -220,6 +222,30 @@ def test_patches_over_the_picture(opened, image_report):
     o.page.locator("#prefix button").first.click()
     assert o.page.locator("#query-at").input_value() == "0"
     assert o.page.locator("#query-name").inner_text() == "“[CLS]” at 0"
+    assert o.complaints == []
+
+
+def test_several_samples_are_told_in_percent(opened, tmp_path):
+    model, atlases = llama(), []
+    for seed, length in enumerate((80, 50)):
+        with regard.watch(model, tokenizer=Pieces()) as w, torch.no_grad():
+            model(input_ids=ids(length, seed))
+        atlases.append(w.atlas)
+    o = opened(regard.report(sum(atlases), tmp_path / "a.html").path, hash_="#1.1")
+    assert re.search(r"query\s*0–4%", o.page.locator("#readout").inner_text())
+    assert "%" in o.page.locator("#entropy svg").text_content()
+    assert not o.page.locator("#token-view").is_visible()
+    assert o.complaints == []
+
+
+def test_an_atlas_without_maps_says_so(opened, tmp_path):
+    model = llama()
+    with regard.watch(model, statistics="light") as w, torch.no_grad():
+        model(input_ids=ids(30))
+    o = opened(regard.report(w.atlas, tmp_path / "a.html").path, hash_="#0.0")
+    assert "holds no block map" in o.page.locator("#readout").inner_text()
+    assert "that could be judged here" in o.page.locator("#head-why").inner_text()
+    assert not o.page.locator("#map-box").is_visible()
     assert o.complaints == []
 
 

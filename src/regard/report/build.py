@@ -418,7 +418,10 @@ def _notes(
             ("Judged on tasks", f"{', '.join(probes)}: scores from prompts made for the purpose, not this text.")
         )
     if unmeasured:
-        words = " ".join(f"{role[0].upper()}{role[1:]}: {UNJUDGED.get(role, why)}." for role, why in unmeasured.items())
+        reasons: dict[str, list[str]] = {}
+        for role, why in unmeasured.items():
+            reasons.setdefault(UNJUDGED.get(role, why), []).append(role)
+        words = " ".join(f"{', '.join(r)[0].upper()}{', '.join(r)[1:]}: {why}." for why, r in reasons.items())
         notes.append(("Not judged here", words))
     watched = f"Statistics: {', '.join(names) if isinstance(names, list) else names}. " if names else ""
     runs = atlas.provenance

@@ -101,6 +101,7 @@ def payload(atlas: Atlas, table: RoleTable, extras: Extras) -> tuple[dict[str, A
         "window": _optional(frame, "window_mass"),
         "entropyAt": _optional(frame, "entropy_at"),
         "received": _received(frame, extras),
+        "relative": _relative(atlas, extras),
         "queryLength": [q for q, _ in lengths],
         "keyLength": [k for _, k in lengths],
         "picture": vars(extras.picture) if extras.picture else None,
@@ -120,8 +121,10 @@ def _axes(atlas: Atlas, extras: Extras) -> list[list[str]]:
 
 
 def _lengths(frame: Frame, extras: Extras) -> list[tuple[int, int]]:
-    """(q_len, kv_len) of each layer: exact where looked at closely, else the longest sample's."""
+    """(q_len, kv_len) of each layer: exact where looked at closely, else the sample's; 100 (percent) for several."""
     atlas = frame.atlas
+    if _relative(atlas, extras):
+        return [(100, 100)] * len(frame.names)
     longest = int(atlas["n_tokens"].values.max()) if "n_tokens" in atlas and atlas["n_tokens"].size else 0
     if not longest and "received_raw" in atlas:
         longest = atlas.sizes["key"]
@@ -132,6 +135,11 @@ def _lengths(frame: Frame, extras: Extras) -> list[tuple[int, int]]:
         seen = extras.closeups.get(name)
         out.append((seen.q_len, seen.kv_len) if seen else (longest, longest))
     return out
+
+
+def _relative(atlas: Atlas, extras: Extras) -> bool:
+    """Whether positions can only be told in percent of the length: several samples, no close-up of one."""
+    return not extras.closeups and atlas.sizes.get("sample", 1) != 1
 
 
 def _cells(extras: Extras, name: str) -> int:

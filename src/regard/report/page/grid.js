@@ -193,6 +193,7 @@ function startGrid() {
     sync(); update();
     $("search").focus();
   });
+  $("grid").classList.toggle("no-maps", !thumbLevel);
   // As many heads as fit in a row; layers of few heads stand side by side.
   const most = Math.max(...layers.map((l) => l.heads));
   const cell = most <= 5 ? 116 : Math.round(Math.min(164, Math.max(76, 1380 / most - 9)));

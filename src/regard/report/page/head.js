@@ -57,7 +57,8 @@ function drawHead(h) {
   $("head-role").replaceChildren(roleChip(h.role));
   $("head-module").textContent = `${layer.name}${h.kind === "cross" ? " · cross-attention" : ""}`;
   const also = header.rules.filter((r, i) => header.holds[h.layer][h.head][i] && r.role !== h.role).map((r) => roles.get(r.role).label);
-  $("head-why").textContent = `${role.label[0].toUpperCase()}${role.label.slice(1)}: ${role.rule}.${also.length ? ` Also holds: ${also.join(", ")}.` : ""}`;
+  const judged = !header.holds[h.layer][h.head].includes(null);
+  $("head-why").textContent = h.role === "mixed" ? `Mixed: none of the roles ${judged ? "" : "that could be judged here "}holds.` : `${role.label[0].toUpperCase()}${role.label.slice(1)}: ${role.rule}.${also.length ? ` Also holds: ${also.join(", ")}.` : ""}`;
   drawLevels(h);
   drawFacts(h);
   drawEvidence(h);
@@ -73,8 +74,8 @@ function drawLevels(h) {
   const levels = levelsOf(h);
   const box = $("levels");
   box.replaceChildren();
-  if (!levels.length) { $("map-box").hidden = true; $("readout").textContent = "This atlas holds no block map for this head."; return; }
-  $("map-box").hidden = false;
+  for (const part of dialog.querySelectorAll(".map-tools, #map-box, .scale-line")) part.hidden = !levels.length;
+  if (!levels.length) { $("readout").textContent = "This atlas holds no block map for this head."; return; }
   if (!levels.some((x) => x.id === panel.level)) {
     const covers = levels.find((x) => x.exact && x.window.covers);
     panel.level = (covers ?? levels[0]).id;
@@ -119,6 +120,7 @@ function cellSpan(r, c) {
 function spanText([a, b], axis) {
   if (b < a) return "no token";
   const say = (i) => (tokenAt(axis, i) ? `“${tokenAt(axis, i)}” ` : "");
+  if (header.relative) return `${a}–${b + 1}%`;
   return a === b ? `${say(a)}${a}` : `${a}–${b}`;
 }
 function readout(h) {
@@ -147,7 +149,7 @@ function drawMapAxes(h) {
     const marks = ticks(start[side], start[side] + total[side], 4).filter((v) => v >= start[side] && v < start[side] + total[side]);
     $(`axis-${side}`).replaceChildren(...marks.map((v) => {
       const at = `${((v - start[side] + (m.exact ? 0.5 : 0)) / total[side]) * 100}%`;
-      return el("span", { style: side === "q" ? { top: at } : { left: at }, text: num(v) });
+      return el("span", { style: side === "q" ? { top: at } : { left: at }, text: num(v) + (header.relative ? "%" : "") });
     }));
   }
   // Where the exact windows lie on a block map.
@@ -275,11 +277,12 @@ function drawEntropy(h) {
   const bins = header.entropyAt[h.layer][h.head].length;
   const length = header.queryLength[h.layer];
   const at = (i) => ((i + 0.5) / bins) * length;
-  const bound = (i) => Math.log(Math.max(1, layers[h.layer].causal ? at(i) : header.keyLength[h.layer]));
+  const bound = (i) => header.relative ? 0 : Math.log(Math.max(1, layers[h.layer].causal ? at(i) : header.keyLength[h.layer]));
   const max = Math.max(...values.map(([i, v]) => Math.max(v, bound(i))), 0.1);
   const box = $("entropy");
-  const { root, X, Y } = frame(box.clientWidth || 320, 190, { x: [0, length], y: [0, max], xLabel: "query position (tokens)", yLabel: "entropy (nats)", label: `Entropy over position, ${headText(h)}` });
-  root.append(svg("path", { class: "line bound", d: path(values.map(([i]) => [X(at(i)), Y(bound(i))])) }));
+  const { root, X, Y } = frame(box.clientWidth || 320, 190, { x: [0, length], y: [0, max], xLabel: header.relative ? "query position (% of the length)" : "query position (tokens)", yLabel: "entropy (nats)", label: `Entropy over position, ${headText(h)}` });
+  $("entropy-note").hidden = header.relative;
+  if (!header.relative) root.append(svg("path", { class: "line bound", d: path(values.map(([i]) => [X(at(i)), Y(bound(i))])) }));
   root.append(svg("path", { class: "line", d: path(values.map(([i, v]) => [X(at(i)), Y(v)])) }));
   box.replaceChildren(root);
 }
