@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tr
 
+from regard.watch.recorder import WatchError, watch
 from regard.watch.settings import Watch
 from tests.watch.dense import compare, oracle, take, watched
 
@@ -60,14 +61,12 @@ def test_llama_with_padding_on_both_sides_and_batches_of_other_lengths():
         model(b, use_cache=False)
 
     pads = [[(0, 41), (9, 41), (0, 30)], [(0, 27)] * 2]
-    chosen = torch.zeros(3, 41, dtype=torch.bool)
     layers = oracle(take(model, run), pads, ids=[a, b], templates=TEMPLATES)
     atlas = watched(model, run)
     compare(atlas, layers)
     assert atlas["n_tokens"].values.tolist() == [41, 32, 30, 27, 27]
     assert atlas["token_ids"].values[1, :32].tolist() == a[1, 9:].tolist()
     assert (atlas["token_ids"].values[1, 32:] == -1).all()
-    assert not chosen.any()
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -278,3 +277,225 @@ def test_vit_with_rings():
         np.testing.assert_allclose(got["ring_mass"].values, mass, rtol=1e-5)
         np.testing.assert_allclose(got["ring_patches"].values, count)
         assert (got["ring_rows"].values == 32).all()
+
+
+def test_per_sample_rows_and_keys_against_dense_weights():
+    model, ids = llama(), tokens(2, 31)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    out = []
+
+    def run():
+        out.append(
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+            )
+        )
+
+    layers = oracle(take(model, run), [[(6, None), (0, None)]], ids=[out[0]], templates=TEMPLATES)
+    atlas = watched(model, run, per_sample=("received_raw", "entropy_raw", "rhythm"))
+    for name in ("received_raw", "entropy_raw", "clipped_raw", "banded_raw"):
+        for layer, dense in layers.items():
+            for b, want in enumerate(dense.raw[name]):
+                got = atlas[name].sel(layer=layer).isel(sample=b).values
+                atol = 5e-6 if name == "entropy_raw" else 1e-7
+                np.testing.assert_allclose(got[:, : want.shape[1]], want, rtol=2e-5, atol=atol, err_msg=name)
+                assert np.isnan(got[:, want.shape[1] :]).all()
+
+
+def test_copies_while_generating():
+    """A head that always looks at the needle's token being written next: every step counts, each token once."""
+
+    class Copier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, input_ids, logits_to_keep=0):
+            return self.inner(input_ids)
+
+    class Inner(torch.nn.Module):
+        def forward(self, input_ids):
+            n = input_ids.shape[1]
+            scores = torch.zeros(1, 1, n, n)
+            for row in range(7, n):  # row 7 writes token 8, which copies position 2; row 8 position 3; ...
+                scores[..., row, 2 + row - 7] = 20
+            q = torch.zeros(1, 1, n, 4)
+            causal = torch.ones(n, n, dtype=torch.bool).tril()
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, q, q, attn_mask=scores.masked_fill(~causal, -torch.inf)
+            )
+
+    ids = torch.tensor([[1, 9, 5, 6, 5, 8, 1, 1, 5, 6, 7]])  # needle 5 6 5 at [2, 5); answer 5 6 7: two of three copied
+    settings = Watch((), per_sample=("copy_hits",))
+    with watch(Copier(), statistics=settings) as w:
+        w.annotate(spans={"needle": [(2, 5)], "answer": [(8, 11)]}, names=["test"])
+        w.model(ids)
+    assert w.atlas["copy_hits"].values.ravel().tolist() == [2]
+    assert w.atlas["copy_distinct"].values.ravel().tolist() == [2]
+    assert w.atlas["needle_tokens"].values.tolist() == [3]
+    assert w.atlas["copy_steps"].values.tolist() == [3]
+    assert w.atlas["sample"].values.tolist() == ["test"]
+
+
+def test_copies_while_generating_equal_the_teacher_forced_ones():
+    model, ids = llama(sharp=6), tokens(2, 24, vocabulary=6)
+    few = torch.full((12,), -100.0)
+    few[3:6] = 0
+    model.lm_head.bias = torch.nn.Parameter(few)  # it writes only what the needle has
+    settings = Watch((), per_sample=("copy_hits",))
+    needle = [(2, 18), (4, 20)]
+    with torch.no_grad():
+        with watch(model, statistics=settings) as w:
+            w.annotate(spans={"needle": needle})
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=6,
+                min_new_tokens=6,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        generated = w.atlas
+        with watch(model, statistics=settings) as w:
+            w.annotate(spans={"needle": needle, "answer": [(24, 30)] * 2})
+            model(out, use_cache=False)
+    assert generated["copy_steps"].values.tolist() == [6, 6]
+    assert int(generated["copy_hits"].sum()) > 0
+    for name in ("copy_hits", "copy_distinct"):
+        assert (generated[name].values == w.atlas[name].values).all()
+
+
+def test_user_templates_move_with_the_padding():
+    from regard.patterns.static import Sinks, Window
+
+    model, ids = llama(), tokens(2, 29)
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+
+    def run():
+        model(ids, attention_mask=mask, use_cache=False)
+
+    atlas = watched(model, run, templates={"mine": Window(3) | Sinks(2), "half": lambda n: Window(n // 2)})
+    for c in take(model, run):
+        mine, half = 0, 0
+        for b, left in enumerate((8, 0)):
+            n = 29 - left
+            p = c.weights[b][:, left:, left:]
+            i, j = np.arange(n)[:, None], np.arange(n)
+            mine = mine + (p * ((i - j <= 3) | (j < 2))).sum((1, 2))
+            half = half + (p * (i - j <= n // 2)).sum((1, 2))
+        got = atlas["template_mass"].sel(layer=c.layer)
+        np.testing.assert_allclose(got.sel(template="mine").values, mine, rtol=1e-5)
+        np.testing.assert_allclose(got.sel(template="half").values, half, rtol=1e-5)
+
+
+def test_watching_changes_nothing():
+    model, ids = llama(), tokens(2, 20)
+    with torch.no_grad():
+        before = model(ids).logits
+        with watch(model, statistics="full", stream=True):
+            during = model(ids).logits
+    assert torch.equal(before, during)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-4), (torch.float16, 1e-4), (torch.float64, 1e-10)])
+def test_other_dtypes_against_their_own_queries_and_keys(dtype, bound):
+    model, ids = llama(sharp=0.3).to(dtype), tokens(2, 33)
+
+    def run():
+        model(ids, use_cache=False)
+
+    layers = oracle(take(model, run), [[(0, 33)] * 2], ids=[ids], templates=TEMPLATES)
+    compare(watched(model, run), layers, rtol=bound, skip=("received_kurtosis", "top1_offset"))
+
+
+def test_nan_is_an_error_that_names_the_layer():
+    model, ids = llama(), tokens(1, 9)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0] = torch.nan
+    with pytest.raises(WatchError, match=r"model\.layers\.1\.self_attn.*q holds NaN"), torch.no_grad(), watch(model):
+        model(ids)
+
+
+def test_folded_windows_refuse_position_statistics_by_name():
+    class Windows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            folded = x.reshape(x.shape[0] * 4, -1, 8)
+            return self.attention(folded, folded, folded, need_weights=False)[0].reshape(x.shape)
+
+    model, x = Windows().eval(), torch.randn(2, 16, 8)
+    with pytest.raises(WatchError, match=r"'attention' folds windows.*distance"), torch.no_grad(), watch(model):
+        model(x)
+    with torch.no_grad(), watch(model, statistics=("entropy", "sq")) as w:
+        model(x)
+    assert (w.atlas["rows"].values == 32).all()
+    assert np.isnan(w.atlas["entropy_at"].values).all()
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"statistics": "everything"}, "statistics: 'everything'"),
+        ({"statistics": ("entropy", "x")}, "statistics: no 'x'"),
+        ({"rows": "some"}, "rows: 'some'"),
+        ({"relations": ("next",)}, "relations: no 'next'"),
+        ({"per_sample": ("x",)}, "per_sample: no 'x'"),
+        ({"per_sample": "rhythm"}, "per_sample: must be a sequence"),
+        ({"groups": {"first": torch.ones(3, dtype=torch.bool)}}, "groups: 'first'"),
+        ({"templates": {"diagonal": lambda n: None}}, "templates: 'diagonal' is built in"),
+        ({"near": 0}, "near: must be an integer >= 1"),
+        ({"widths": (4, 2)}, "widths: must be rising"),
+        ({"grid": (0, 3)}, r"grid: must be \(height, width\)"),
+    ],
+)
+def test_wrong_choices_name_the_argument(choices, message):
+    with pytest.raises(ValueError, match=message):
+        watch(llama(), **choices)
+
+
+def test_wrong_annotations_and_uses_name_what_is_wrong():
+    model, ids = llama(), tokens(2, 9)
+    with torch.no_grad():
+        with (
+            watch(model, rows=torch.ones(3, 9, dtype=torch.bool)) as w,
+            pytest.raises(WatchError, match="rows: must be"),
+        ):
+            model(ids)
+        with watch(model, groups={"g": {3}}) as w, pytest.raises(WatchError, match="'g' is told by token ids"):
+            model(inputs_embeds=torch.randn(2, 9, 32))
+        with watch(model, per_sample=("copy_hits",)) as w, pytest.raises(WatchError, match=r"needs w\.annotate"):
+            model(ids)
+        with watch(model) as w:
+            with pytest.raises(WatchError, match="groups: h must also be named"):
+                w.annotate(groups={"h": ids == 3})
+            w.annotate(names=["a"])
+            with pytest.raises(WatchError, match="names: 1 given for a batch of 2"):
+                model(ids)
+    with pytest.raises(WatchError, match="nothing was watched"):
+        _ = watch(model).atlas
+
+
+def test_only_some_layers():
+    model, ids = llama(), tokens(1, 9)
+    with torch.no_grad(), watch(model, layers=["*.1.*"]) as w:
+        model(ids)
+    assert w.atlas["layer"].values.tolist() == ["model.layers.1.self_attn"]
+
+
+def test_the_shipped_decoder():
+    from regard.tasks.testbeds import load
+
+    loaded = load("testbed:decoder")
+    text = "def add(a, b):\n    return a + b\n\ndef add(a, c):\n    return a + c\n"
+    ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])
+
+    def run():
+        loaded.model(ids, use_cache=False)
+
+    layers = oracle(take(loaded.model, run), [[(0, ids.shape[1])]], ids=[ids], templates=TEMPLATES)
+    compare(watched(loaded.model, run), layers)

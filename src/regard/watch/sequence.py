@@ -164,7 +164,10 @@ class Sequence:
         self._count(state, top, ids[:, following], judged)
 
     def settle(self, written: Tensor) -> None:
-        """The token each sample wrote next, [batch]: judge the rows that waited for it."""
+        """The token each sample wrote next, [batch]: judge the rows that waited for it.
+
+        The last token of a generation is never read, so it is taken to be the most likely one.
+        """
         for state in self.layers.values():
             if state.pending is not None:
                 waiting = torch.ones(self.batch, 1, dtype=torch.bool, device=written.device)

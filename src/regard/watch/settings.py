@@ -32,7 +32,8 @@ class Watch:
     Args:
         statistics: "light", "default", "full", or names of `regard.watch.variables.STATISTICS`.
         rows: which rows count: "all", "prompt", "generated", or a mask [length] or [batch, length].
-        groups: named groups of tokens; each is a group of rows and of keys beside "all" and "first".
+        groups: named groups of tokens; each is a group of rows and of keys beside "all" and "first". None: given for
+            each forward with `Recorder.annotate`.
         relations: which of self, previous, duplicate, induction (the last two need token ids).
         templates: named patterns beside the built-in ones; "block" is what the role of that name is judged by.
         near: offsets |i-j| < near are kept one by one.
@@ -48,7 +49,7 @@ class Watch:
 
     statistics: str | Sequence[str] = "default"
     rows: str | Tensor = "all"
-    groups: Mapping[str, GroupLike] = field(default_factory=dict)
+    groups: Mapping[str, GroupLike | None] = field(default_factory=dict)
     relations: Sequence[str] = RELATIONS
     templates: Mapping[str, TemplateLike] = field(default_factory=dict)
     near: int = 256
