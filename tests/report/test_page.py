@@ -249,6 +249,37 @@ def test_an_atlas_without_maps_says_so(opened, tmp_path):
     assert o.complaints == []
 
 
+def test_it_shows_in_a_notebook(chromium, text_report, tmp_path):
+    (tmp_path / "cell.html").write_text(f"<!doctype html>{text_report._repr_html_()}", encoding="utf-8")
+    page = chromium.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda m: complaints.append(m.text))
+    page.on("pageerror", lambda e: complaints.append(str(e)))
+    page.goto(f"file://{tmp_path / 'cell.html'}")
+    frame = page.frame_locator("iframe")
+    frame.locator(".cell").nth(5).click()
+    assert frame.locator("#head-title").inner_text() == "Layer 1, head 1"
+    page.keyboard.press("Escape")
+    frame.locator("#head").wait_for(state="hidden")
+    assert complaints == []
+    page.close()
+
+
+def test_the_query_is_in_view(opened, text_report):
+    o = opened(text_report.path, width=400)
+    inside = """() => {
+        const q = document.querySelector("#tokens .query").getBoundingClientRect();
+        const box = document.getElementById("tokens").getBoundingClientRect();
+        return q.top >= box.top && q.bottom <= box.bottom;
+    }"""
+    assert o.page.evaluate(inside)
+    o.page.locator("#tokens").focus()
+    o.keys("Home")
+    assert o.page.evaluate(inside)
+    o.keys("End", "ArrowUp", "ArrowUp")
+    assert o.page.evaluate(inside)
+
+
 def test_it_is_dark_before_and_without_the_script(chromium, text_report):
     context = chromium.new_context(color_scheme="dark", java_script_enabled=False)
     page = context.new_page()

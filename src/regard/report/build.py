@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import html
 import json
 import os
 import platform
@@ -51,6 +52,11 @@ class Report:
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+    def _repr_html_(self) -> str:
+        """The page itself in a notebook, in a frame that may run its script and nothing more."""
+        page = html.escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe sandbox="allow-scripts" srcdoc="{page}" style="width:100%;height:900px;border:0"></iframe>'
 
 
 def report(

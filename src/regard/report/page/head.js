@@ -3,6 +3,11 @@
 const panel = { head: null, level: null, scale: "root", cursor: [0, 0], map: null, opener: null };
 const dialog = $("head");
 
+/** The address follows the open head; where a page may not change it (an embedded one), it stays. */
+function setHash(hash) {
+  try { history.replaceState(null, "", hash || location.pathname + location.search); } catch { /* nothing depends on it */ }
+}
+
 function openHead(h, { focus = true } = {}) {
   const before = panel.head;
   if (!dialog.open) {
@@ -11,7 +16,7 @@ function openHead(h, { focus = true } = {}) {
     document.documentElement.classList.add("locked");
   }
   panel.head = h;
-  if (location.hash !== `#${h.key}`) history.replaceState(null, "", `#${h.key}`);
+  if (location.hash !== `#${h.key}`) setHash(`#${h.key}`);
   drawHead(h);
   if (!before) dialog.querySelector(".sheet").scrollTop = 0;
   if (focus && !before) $("head-title").focus();
@@ -24,7 +29,7 @@ dialog.addEventListener("close", () => {
   const key = panel.head?.key;
   panel.head = null;
   document.documentElement.classList.remove("locked");
-  history.replaceState(null, "", location.pathname + location.search);
+  setHash("");
   const cell = key && $("grid").querySelector(`[data-key="${key}"]`);
   const target = cell && !$("grid").hidden ? cell : panel.opener;
   if (cell) { $("grid").querySelectorAll('.cell[tabindex="0"]').forEach((c) => { c.tabIndex = -1; }); cell.tabIndex = 0; }

@@ -145,7 +145,7 @@ function moveQuery(i, scroll = true) {
   const node = tokenNodes.get(to);
   const box = $("tokens");
   if (scroll && node) {
-    const top = node.offsetTop - box.offsetTop;
+    const top = node.offsetTop; // the box is its offset parent
     if (top < box.scrollTop || top > box.scrollTop + box.clientHeight - 40) box.scrollTop = Math.max(0, top - box.clientHeight / 2);
   }
 }
