@@ -26,6 +26,7 @@ SINKS = 4
 CLASSES = (*(-(2**n) for n in range(19, -1, -1)), 0, *(2**n for n in range(20)))
 """Labels of `offset_class`: the bound nearest 0 of i - argmax."""
 SPARSE = 0.03  # share of related pairs below which a list of them is cheaper than comparing tokens in every tile
+MOST_PAIRS = 1 << 24
 WAAD_MOST, FAI_NEAR, FAI_FAR = 10, 10, 100
 
 
@@ -179,20 +180,19 @@ class Figures:
             key_ids = key_ids.masked_fill(~geo.keys, -2)
         row_ids = row_ids.masked_fill(~geo.rows, -1)
         batch, q_len, kv_len = *row_ids.shape, key_ids.shape[1]
-        order, _ = key_ids.sort(1)
-        count = torch.searchsorted(order, row_ids, right=True) - torch.searchsorted(order, row_ids)
-        if int(count.sum()) > SPARSE * batch * q_len * kv_len:
+        order, place = key_ids.sort(1)
+        begin = torch.searchsorted(order, row_ids)
+        count = torch.searchsorted(order, row_ids, right=True) - begin
+        if int(count.sum()) > min(SPARSE * batch * q_len * kv_len, MOST_PAIRS):
             return SameToken(row_ids, key_ids), SameToken(row_ids, key_ids)
-        lists: list[Tensor] = []
-        step = max(1, (1 << 24) // kv_len)
-        i_axis = torch.arange(q_len, device=self.device) + geo.q_start
-        j_axis = torch.arange(kv_len, device=self.device)
-        for b in range(batch):
-            for r0 in range(0, q_len, step):
-                same = row_ids[b, r0 : r0 + step, None] == key_ids[b]
-                r, j = (same & (j_axis < i_axis[r0 : r0 + step, None])).nonzero().unbind(1)
-                lists.append(torch.stack([torch.full_like(r, b), r + r0, j]))
-        b_idx, q_idx, k_idx = torch.cat(lists, 1).unbind(0)
+        # Each row's matches stand together in the sorted keys.
+        flat = count.flatten()
+        row = torch.arange(batch * q_len, device=self.device).repeat_interleave(flat)
+        within = torch.arange(len(row), device=self.device) - (flat.cumsum(0) - flat).repeat_interleave(flat)
+        b_idx, q_idx = row // q_len, row % q_len
+        k_idx = place[b_idx, begin.flatten()[row] + within]
+        earlier = k_idx < q_idx + geo.q_start
+        b_idx, q_idx, k_idx = b_idx[earlier], q_idx[earlier], k_idx[earlier]
         pairs = (q_idx, k_idx) if batch == 1 else (b_idx, q_idx, k_idx)
         return Pairs(pairs, total=True), Pairs(pairs)
 
