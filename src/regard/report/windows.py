@@ -100,14 +100,14 @@ class _BlockMap(Reducer):
         row_of = torch.arange(frame.q_len, device=frame.device) * size // frame.q_len
         key_of = torch.arange(frame.kv_len, device=frame.device) * size // frame.kv_len
         keys = torch.zeros(frame.kv_len, size, dtype=frame.dtype, device=frame.device)
-        keys[torch.arange(frame.kv_len), key_of] = 1
+        keys[torch.arange(frame.kv_len, device=frame.device), key_of] = 1
         count = torch.bincount(row_of, minlength=size).clamp(min=1).to(frame.dtype)
 
         def add(tile: Tile) -> None:
             blocks = row_of[tile.rows]
             first, last = int(blocks[0]), int(blocks[-1])
             rows = torch.zeros(last - first + 1, len(blocks), dtype=frame.dtype, device=frame.device)
-            rows[blocks - first, torch.arange(len(blocks))] = 1
+            rows[blocks - first, torch.arange(len(blocks), device=frame.device)] = 1
             out[tile.units, first : last + 1] += (rows @ tile.weights) @ keys[tile.lo : tile.hi]
 
         return add, lambda: frame.per_head(out / count[:, None])
