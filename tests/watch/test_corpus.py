@@ -115,6 +115,7 @@ def test_batches_do_not_change_the_figures(lines, tmp_path):
         np.testing.assert_allclose(all_at_once[name].values, array.values, rtol=1e-5, atol=1e-5, err_msg=str(name))
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_killed_run_give_the_same_atlas(lines, tmp_path):
     alone = watch_corpus(model(), Letters(), lines, tmp_path / "alone", batch_size=4)
     assert run(tmp_path, lines, tmp_path / "two", processes=2) == 0

@@ -196,7 +196,9 @@ def load_atlas(path: str | os.PathLike[str]) -> Atlas:
     for name in data.variables:
         if data[name].dtype.kind in "TU":
             data[name] = data[name].astype(object)
-    return Atlas(data.data_vars, data.coords, data.attrs)
+    order = [name for name in VARIABLES if name in data.data_vars]
+    order += [str(name) for name in data.data_vars if name not in VARIABLES]
+    return Atlas({name: data[name] for name in order}, data.coords, data.attrs)
 
 
 # -- merging ------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def watch_corpus(
         raise CorpusError(f"max_length: must be at least 1 or None, got {max_length}")
     settings = statistics if isinstance(statistics, Watch) else Watch(statistics, tokens=False)
     path, out = Path(path), Path(out)
-    rank, world = _join(model)
+    rank, world, joined = _join(model)
     parts = out.with_name(f"{out.name}.parts")
     facts = {
         "corpus": path.name,
@@ -163,13 +163,14 @@ def watch_corpus(
         if rank == 0 and progress is not None:
             progress(number + 1, total)
     _wait(world)
-    if rank != 0:
-        _wait(world)
-        return None
-    atlas = _collect(parts, total)
-    atlas.save(out)
-    shutil.rmtree(parts)
+    atlas = None
+    if rank == 0:
+        atlas = _collect(parts, total)
+        atlas.save(out)
+        shutil.rmtree(parts)
     _wait(world)
+    if joined:
+        dist.destroy_process_group()
     return atlas
 
 
@@ -251,16 +252,17 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _join(model: nn.Module) -> tuple[int, int]:
-    """This process's rank and the number of processes, joining the group that torchrun announces."""
+def _join(model: nn.Module) -> tuple[int, int, bool]:
+    """This process's rank, the number of processes, and whether the group that torchrun announces was joined here."""
     if not dist.is_available():
-        return 0, 1
-    if not dist.is_initialized():
+        return 0, 1, False
+    joined = not dist.is_initialized()
+    if joined:
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-            return 0, 1
+            return 0, 1, False
         device = next(model.parameters()).device.type
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    return dist.get_rank(), dist.get_world_size(), joined
 
 
 def _wait(world: int) -> None:
