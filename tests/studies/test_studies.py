@@ -85,7 +85,7 @@ def test_a_vector_of_norm_zero_changes_nothing():
     parts = regard.anatomy(loaded.model, {"input_ids": ids})
     at = ((10, 20), (11, 30))
     out = secondary_sinks._inject(loaded.model, ids, at, 2, parts, 0)
-    plain = secondary_sinks._watched(loaded.model, ids).need("received_raw").isel(layer=slice(3, None))
+    plain = secondary_sinks._watched(loaded.model, ids, parts).need("received_raw").isel(layer=slice(3, None))
     expected = np.take_along_axis(plain.mean(("layer", "head")).values, np.array(at), axis=1).mean(1)
     np.testing.assert_allclose(out["score"][0], expected, rtol=1e-5)
     assert out["score"].shape == out["lifetime"].shape == (len(secondary_sinks.FACTORS), 2)

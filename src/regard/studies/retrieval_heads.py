@@ -73,7 +73,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
         depths = [d / (DEPTHS - 1) for d in range(DEPTHS)] if size == "full" else [None]
         tasks = [Needle(length, split="test", depth=d) for d in depths]
         tests[length] = [b for t in tasks for b in batches(loaded, t, each, generator)]
-        other[length] = batches(loaded, OtherCode(tasks[0]), each, generator)
+        other[length] = batches(loaded, OtherCode(tasks[0]), min(each, 8), generator)
     scores = {length: copy_scores(loaded.model, drawn) for length, drawn in tests.items()}
     floors = {n: float(copy_scores(loaded.model, drawn).mean(-1).max()) for n, drawn in other.items()}
     short, far = LENGTHS[size][0], LENGTHS[size][-1]
@@ -118,7 +118,7 @@ def copy_scores(model: Any, needles: list[Any]) -> np.ndarray[Any, Any]:
     return ratio(atlas.need("copy_distinct"), atlas.need("needle_tokens")).values
 
 
-def exact(model: Any, batches: list[Any], masked: list[tuple[int, int]] | None = None) -> np.ndarray[Any, Any]:
+def exact(model: Any, needles: list[Any], masked: list[tuple[int, int]] | None = None) -> np.ndarray[Any, Any]:
     """1 for each test whose answer tokens are all the model's first choice, with some heads masked."""
     import torch
 
@@ -126,13 +126,12 @@ def exact(model: Any, batches: list[Any], masked: list[tuple[int, int]] | None =
     from regard.watch.intervene import intervene
 
     device = next(model.parameters()).device
-    edits = mask_heads(masked or [], "uniform")
     right = []
-    for batch in batches:
-        with torch.no_grad(), intervene(model, edits):
+    with torch.no_grad(), intervene(model, mask_heads(masked or [], "uniform")):
+        for batch in needles:
             top = model(input_ids=batch.input_ids.to(device), use_cache=False).logits[:, :-1].argmax(-1).cpu()
-        asked = batch.labels[:, 1:]
-        right += ((top == asked) | (asked < 0)).all(-1).tolist()
+            asked = batch.labels[:, 1:]
+            right += ((top == asked) | (asked < 0)).all(-1).tolist()
     return np.array(right, dtype=np.float64)
 
 

@@ -67,7 +67,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     loaded = load(model, device=device)
     ids = texts(loaded, SAMPLES[size], LENGTH, seed).to(device)
     parts = regard.anatomy(loaded.model, {"input_ids": ids[:2]})
-    plain = _watched(loaded.model, ids)
+    plain = _watched(loaded.model, ids, parts)
     findings = [_cosine(loaded.model, ids[:4], plain, parts)]
     if reason := below_gate(loaded, "sink"):
         return findings + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:]]
@@ -82,7 +82,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = DE
     return [*findings, *_judge(runs, seed)]
 
 
-def _watched(model: Any, ids: Any, edits: Any = lambda rows: ()) -> Any:
+def _watched(model: Any, ids: Any, parts: Any, edits: Any = lambda rows: ()) -> Any:
     """The atlas of all samples under the edits that `edits` gives for some of them."""
     import torch
 
@@ -94,7 +94,11 @@ def _watched(model: Any, ids: Any, edits: Any = lambda rows: ()) -> Any:
     atlases = []
     for start in range(0, len(ids), CHUNK):
         rows = slice(start, min(start + CHUNK, len(ids)))
-        with torch.no_grad(), intervene(model, edits(rows)), regard.watch(model, statistics=settings) as watched:
+        with (
+            torch.no_grad(),
+            intervene(model, edits(rows), anatomy=parts),
+            regard.watch(model, statistics=settings) as watched,
+        ):
             model(input_ids=ids[rows], use_cache=False)
         atlases.append(watched.atlas)
     return sum(atlases)
@@ -107,7 +111,7 @@ def _cosine(model: Any, ids: Any, atlas: Any, parts: Any) -> Finding:
 
     sites = [Site(block, "resid_post") for block in range(len(parts))]
     with torch.no_grad():
-        stream = torch.stack(list(trace(model, {"input_ids": ids}, sites).values())).double()
+        stream = torch.stack(list(trace(model, {"input_ids": ids}, sites, anatomy=parts).values())).double()
     dense = torch.nn.functional.cosine_similarity(stream, stream[:, :, :1], dim=-1).cpu().numpy()
     ours = atlas.need("bos_cos").values[:, : len(ids)]
     worst = float(np.abs(ours - dense).max())
@@ -141,7 +145,7 @@ def _inject(model: Any, ids: Any, at: Any, block: int, parts: Any, seed: int) ->
 
     site = Site(block, "resid_post", pos=0)
     with torch.no_grad():
-        first = torch.cat([trace(model, {"input_ids": part}, site)[site] for part in ids.split(CHUNK)])
+        first = torch.cat([trace(model, {"input_ids": part}, site, anatomy=parts)[site] for part in ids.split(CHUNK)])
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(first.shape, generator=generator).to(first)
     random = noise / noise.norm(dim=-1, keepdim=True) * first.norm(dim=-1, keepdim=True)
@@ -153,7 +157,7 @@ def _inject(model: Any, ids: Any, at: Any, block: int, parts: Any, seed: int) ->
             site = Site(block, "mlp_out", pos=at[rows])
             return [Edit(site, "add", value=direction[rows, None], alpha=c)]
 
-        atlas = _watched(model, ids, edits)
+        atlas = _watched(model, ids, parts, edits)
         columns = np.array(at)
         received = atlas.need("received_raw").isel(layer=slice(block + 1, None)).mean(("layer", "head")).values
         score = np.take_along_axis(received, columns, axis=1).mean(1)
