@@ -217,6 +217,7 @@ def _masking(
         counts = sorted({max(1, round(share * len(ranked))) for share in SHARES})
         details["curve"] = {k: float((before - exact(model, batches, ranked[:k])).mean()) for k in counts}
     beside = 100 * float(np.mean(random_lost))
+    each = ", ".join(f"{100 * x:.1f}" for x in random_lost)
     holds = 100 * lost >= 50 and beside <= 10
     return Finding(
         "masking",
@@ -226,6 +227,6 @@ def _masking(
         floor=0.0,
         ceiling=100 * float(before.mean()),
         baseline=beside,
-        reason=f"{n} of {len(ranked)} heads; random ones lose {beside:.1f} points, mean of {len(draws)} draws",
+        reason=f"{n} of {len(ranked)} heads; as many random ones lose {beside:.1f} points, mean of draws: {each}",
         details=details,
     )
