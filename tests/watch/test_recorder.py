@@ -9,7 +9,7 @@ import transformers as tr
 
 from regard.watch.recorder import WatchError, watch
 from regard.watch.settings import Watch
-from tests.watch.dense import compare, oracle, take, watched
+from tests.watch.dense import Taken, compare, oracle, take, watched
 
 TEMPLATES = Watch().template_names
 
@@ -499,3 +499,50 @@ def test_the_shipped_decoder():
 
     layers = oracle(take(loaded.model, run), [[(0, ids.shape[1])]], ids=[ids], templates=TEMPLATES)
     compare(watched(loaded.model, run), layers)
+
+
+def test_heads_with_masks_of_their_own():
+    """Counts of allowed keys, densities and chances are then each head's own; a head's empty rows are not counted."""
+    torch.manual_seed(0)
+    mask = torch.ones(1, 3, 20, 20, dtype=torch.bool).tril()
+    mask[:, 1] &= torch.rand(20, 20) < 0.6
+    mask[:, 2, 5:9] = False
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, input_ids):
+            return self.attention(input_ids)
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(8, 24)
+            self.place = torch.nn.Parameter(torch.randn(20, 24))  # no two keys alike, so that the largest weight is one
+
+        def forward(self, input_ids):
+            q = (self.embed(input_ids) + self.place).view(1, 20, 3, 8).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    model, ids = Model(), torch.randint(0, 8, (1, 20))
+
+    def run():
+        model(ids)
+
+    atlas = watched(model, run)
+    (call,) = take(model, run)
+    compared = 0
+    for h in range(3):
+        dense = oracle(
+            [Taken(call.layer, 0, call.weights[:, h : h + 1], mask[:, h].numpy(), "self", True, 0, "prompt")],
+            [[(0, 20)]],
+            ids=[ids],
+            templates=TEMPLATES,
+        )
+        alone = (
+            atlas.isel(head=[h]).drop_vars(["head_gram", "group_max", "near_rows"]).assign_coords(heads=("layer", [1]))
+        )
+        compared += compare(alone, dense)
+    assert compared > 80

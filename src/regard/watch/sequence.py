@@ -32,7 +32,7 @@ class LayerState:
     seen: Float[Tensor, "batch one keys"] | None = None
     """Rows that may see each key."""
     odd_chance: Float[Tensor, "batch one keys"] | None = None
-    odd_rows: Float[Tensor, "batch"] | None = None
+    odd_rows: Float[Tensor, "batch one"] | None = None
     by_row: dict[str, Tensor] = field(default_factory=dict)
     by_key: dict[str, Tensor] = field(default_factory=dict)
     band_rows: Float[Tensor, "batch keys"] | None = None
@@ -72,7 +72,7 @@ class Sequence:
             state.seen = _add_keys(state.seen, figures.seen[:, :, 0], geo, size)
             chance = figures.chance["columns"][:, :, figures.columns["halves"]][:, :, 1]
             state.odd_chance = _add_keys(state.odd_chance, chance, geo, size)
-            odd = (geo.rows & (geo.q_pos % 2 == 1)).sum(1).double()
+            odd = (figures.counted * (geo.q_pos % 2 == 1)[:, None]).sum(2)
             state.odd_rows = odd if state.odd_rows is None else state.odd_rows + odd
         if self.settings.sampled("entropy_raw"):
             self._rowwise(state, "entropy_raw", raw["entropy"], geo, size)
@@ -228,4 +228,4 @@ def _stripe(state: LayerState, heads: int) -> dict[str, Tensor]:
         chosen = even.topk(min(math.ceil(0.05 * n), n - 1), dim=1).indices
         mass += odd.gather(1, chosen).sum(1)
         chance += state.odd_chance[b, :, 1:n].expand(heads, -1).gather(1, chosen).sum(1)
-    return {"stripe": mass, "stripe_density": chance, "stripe_rows": state.odd_rows.sum().expand(heads)}
+    return {"stripe": mass, "stripe_density": chance, "stripe_rows": state.odd_rows.sum(0).expand(heads)}
