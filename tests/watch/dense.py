@@ -165,8 +165,8 @@ def _close(name: str, layer: str, got: xr.DataArray, dense: Dense, atlas: Atlas,
         "entropy",
         "entropy_norm",
         "entropy_at",
-    ):  # a peaked row's entropy is a small difference: 5e-6 nat a row
-        bound = bound + 5e-6 * (dense.out["rows_at"] if name == "entropy_at" else rows)
+    ):  # a peaked row's entropy is a small difference: 1e-6 nat a row
+        bound = bound + 1e-6 * (dense.out["rows_at"] if name == "entropy_at" else rows)
     if name == "received_kurtosis":  # of a flat profile it is a ratio of differences: digits go with mean / spread
         bound = rtol * np.abs(want + 3 * dense.out["received_samples"]) * np.maximum(1, dense.out["flatness"] / 3)
     worst = np.abs(values - want)

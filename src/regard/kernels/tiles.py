@@ -185,7 +185,7 @@ def tile_pass(
 
 
 class _Rows:
-    """Per row: the largest score, the largest weight, and ``sum_j P_ij s_ij``; lse and entropy follow at the end.
+    """Per row: the largest score m, the largest weight, ``sum_j P_ij (s_ij - m_i)``; lse and entropy follow at the end.
 
     Scores are those of the keys less their mean; `shift` is what that takes from every score of a row.
     """
@@ -226,20 +226,24 @@ class _Rows:
         if self.sink is not None:
             weights.mul_(self.key_share(at)[..., None])
         if entropy:
-            torch.sum(scores.mul_(weights), -1, out=self.dot[at])
+            # Less the row's largest score: else a peaked row's entropy is the difference of two large numbers.
+            torch.sum(scores.sub_(self.largest[at][..., None]).mul_(weights), -1, out=self.dot[at])
 
     def finish(self) -> None:
         """Put lse, top and entropy where the reducers look for them."""
         frame, everything = self.frame, (slice(None), slice(None))
-        lse = self.largest - self.top.log()
+        lse = -self.top.log()  # less the largest score, as the sink
         entropy = -self.dot
         if self.sink is not None:
+            sink = self.sink - self.largest
             frame.top.copy_(self.top * self.key_share(everything))
-            lse = torch.logaddexp(lse, self.sink)
-            entropy -= (self.sink - lse).exp() * self.sink
+            lse = torch.logaddexp(lse, sink)
+            share = (sink - lse).exp()
+            entropy -= share * torch.where(share > 0, sink, 0)
         else:
             frame.top.copy_(self.top)
         frame.entropy.copy_(entropy.add_(lse).clamp_(min=0))
+        lse += self.largest
         frame.lse.copy_(lse if self.shift is None else lse + self.shift)
         empty = self.empty(everything)
         frame.top.masked_fill_(empty, 0)
