@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from regard.tasks.gates import dense
 from regard.tasks.testbeds import DECODER, Loaded
 
 
@@ -30,19 +29,8 @@ def below_gate(loaded: Loaded, *gates: str) -> str:
     return f"testbed below its gate: {', '.join(missed)}" if missed else ""
 
 
-@contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """The attention implementation that hands out its weights, to compare with."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 @torch.no_grad()
 def dense_weights(model: Any, ids: Int[Tensor, "1 length"]) -> Tensor:
     """The weights of every layer of one sample as the model's eager attention gives them, [layer, head, row, key]."""
-    with eager(model):
+    with dense(model):
         return torch.stack([a[0].double() for a in model(input_ids=ids, output_attentions=True).attentions]).cpu()
