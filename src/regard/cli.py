@@ -527,4 +527,6 @@ def _print_grid(table: Any) -> None:
 def _print_counts(table: Any) -> None:
     print(", ".join(f"{n} {role}" for role, n in table.counts().items()))
     for role, how in table.not_measured().items():
+        if role in ("retrieval", "induction"):
+            how = "--probe judges it on a task, where the model writes text"
         Console().print(f"not measured: {role} ({how})", markup=False, highlight=False, style="dim", soft_wrap=True)
