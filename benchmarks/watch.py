@@ -25,22 +25,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HEADS, HEAD_DIM, VOCAB = 12, 64, 32_000
+VOCAB, HEAD_DIM = 32_000, 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question: a model of this depth and dtype on a text of this length, and the arms that answer it."""
+    """One question: a model of this shape and dtype on a text of this length, and the arms that answer it."""
 
     length: int
     layers: int
     dtype: str
     device: str
     arms: tuple[str, ...]
+    heads: int = 12
+    kv_heads: int = 12
+    mlp: int = 2048
 
     @property
     def name(self) -> str:
-        return f"{self.length:,} tokens, {self.layers} layers, {self.dtype}, {self.device}"
+        heads = f"{self.heads} heads" + (f" ({self.kv_heads} for keys)" if self.kv_heads != self.heads else "")
+        return f"{self.length:,} tokens, {self.layers} layers, {heads}, {self.dtype}, {self.device}"
 
 
 def peak_bytes(device: str) -> int:
@@ -59,14 +63,13 @@ def build(case: Case, attention: str) -> Any:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     torch.manual_seed(0)
-    dim = HEADS * HEAD_DIM
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=dim,
-        intermediate_size=2048,
+        hidden_size=case.heads * HEAD_DIM,
+        intermediate_size=case.mlp,
         num_hidden_layers=case.layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
         max_position_embeddings=max(case.length, 2048),
         attn_implementation=attention,
     )
@@ -159,7 +162,7 @@ def attention_call(case: Case, repeats: int) -> float:
     code = f"""
 import time, torch
 torch.set_num_threads(int({os.environ.get("REGARD_BENCH_THREADS", "2")!r}))
-q, k, v = torch.randn(3, 1, {HEADS}, {case.length}, {HEAD_DIM}, device={case.device!r}).to(torch.{case.dtype})
+q, k, v = torch.randn(3, 1, {case.heads}, {case.length}, {HEAD_DIM}, device={case.device!r}).to(torch.{case.dtype})
 f = torch.nn.functional.scaled_dot_product_attention
 sync = torch.cuda.synchronize if {case.device!r} == "cuda" else (lambda: None)
 times = []
@@ -171,6 +174,18 @@ print(sorted(times[1:])[len(times[1:]) // 2])
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
+def ask(worker: subprocess.Popen[str]) -> dict[str, Any] | None:
+    """One run of a worker; None if it died of it."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        return json.loads(worker.stdout.readline())
+    except (BrokenPipeError, json.JSONDecodeError):
+        return None
+
+
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     """All arms of one case, taking turns."""
     workers = {}
@@ -180,15 +195,12 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {arm: [] for arm in case.arms}
     peaks: dict[str, int] = {}
     for turn in range(repeats + 1):  # the first turn warms up and is not counted
-        for arm, worker in workers.items():
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
-                raise SystemExit(f"{arm} died at {case.name} (out of memory?)")
-            answer = json.loads(line)
+        for arm, worker in list(workers.items()):
+            answer = ask(worker)
+            if answer is None:  # out of memory, most likely: that is a result too
+                print(f"{arm} died at {case.name}", file=sys.stderr)
+                del workers[arm]
+                continue
             peaks[arm] = answer["peak"]
             if turn:
                 times[arm].append(answer["seconds"])
@@ -196,6 +208,8 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         assert worker.stdin is not None
         worker.stdin.close()
         worker.wait()
+    if "plain" not in workers:
+        raise SystemExit(f"the plain forward did not survive {case.name}: nothing to compare with")
     call = attention_call(case, repeats)
     base = times["plain"]
     return {
@@ -210,6 +224,8 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
                 "added_attention_calls": (median(times[arm]) - median(base)) / (call * case.layers),
                 "all_seconds": times[arm],
             }
+            if arm in workers
+            else None
             for arm in case.arms
         },
     }
@@ -235,6 +251,9 @@ def table(results: list[dict[str, Any]]) -> str:
             "|---|---:|---:|---:|---:|---:|---:|",
         ]
         for arm, r in result["arms"].items():
+            if r is None:
+                lines.append(f"| {arm} | died | - | - | - | - | - |")
+                continue
             floor = f"{(plain + FLOOR_CALLS[arm] * call * case.layers) / plain:.2f}" if arm in FLOOR_CALLS else "-"
             lines.append(
                 f"| {arm} | {r['seconds']:.2f} s | {r['time_ratio']:.2f} | {r['added_attention_calls']:.2f} | {floor} |"
@@ -250,7 +269,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
         arms = (*watch, "eager") if args.eager else watch
         return [Case(n, args.layers, args.dtype, args.device, arms) for n in args.lengths]
     if args.device == "cuda":
-        return [Case(n, 16, "bfloat16", "cuda", watch) for n in (8192, 32768, 131072)]
+        # The shape of a Llama of one billion parameters; eager only where its matrices may fit.
+        arms = {8192: (*watch, "eager"), 32768: watch, 131072: watch}
+        return [Case(n, 16, "bfloat16", "cuda", arms[n], 32, 8, 8192) for n in arms]
     return [
         Case(4096, 12, "float32", "cpu", (*watch, "watch-full", "eager")),
         Case(4096, 12, "bfloat16", "cpu", watch),
