@@ -54,8 +54,8 @@ def test_every_public_name_resolves():
 def test_an_unknown_name_says_what_there_is():
     import regard
 
-    with pytest.raises(AttributeError, match=r"'steer'.*watch"):
-        _ = regard.steer
+    with pytest.raises(AttributeError, match=r"'gaze'.*watch"):
+        _ = regard.gaze
 
 
 def test_import_floors_hold():
@@ -168,3 +168,11 @@ def test_the_command_page_lists_every_command():
     page = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
     for command in app.registered_commands:
         assert f"`regard {command.callback.__name__}" in page
+
+
+def test_the_performance_page_shows_the_tables_that_are_kept():
+    """The figures of docs/performance.md are those that `benchmarks/watch.py --show` prints."""
+    shown = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "watch.py", "--show"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from regard.watch.intervene import trace as trace
     from regard.watch.recorder import watch as watch
 
+    steer = intervene
+
 _HOME = {
     "Atlas": "regard.watch.atlas:Atlas",
     "load_atlas": "regard.watch.atlas:load_atlas",
@@ -29,6 +31,7 @@ _HOME = {
     "load": "regard.tasks.testbeds:load",
     "trace": "regard.watch.intervene:trace",
     "intervene": "regard.watch.intervene:intervene",
+    "steer": "regard.watch.intervene:intervene",  # a method of steering is a list of edits
     "Site": "regard.watch.intervene:Site",
     "Edit": "regard.watch.intervene:Edit",
     "scan": "regard.watch.intervene:scan",

@@ -67,9 +67,7 @@ Text = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file.", 
 Image = Annotated[
     Path | None, typer.Option("--image", help="A picture, for a vision model.", exists=True, dir_okay=False)
 ]
-AtlasFolder = Annotated[
-    Path | None, typer.Option("--atlas", help="An atlas that regard watch wrote.", exists=True, file_okay=False)
-]
+AtlasPath = Annotated[Path | None, typer.Option("--atlas", help="An atlas that regard watch wrote.")]
 Findings = Annotated[Path, typer.Option("--out", "-o", help="Folder of your own findings.")]
 Tokens = Annotated[int | None, typer.Option(min=2, help="Watch only the first so many tokens of the text.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -158,7 +156,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
     text: Text = None,
     image: Image = None,
-    atlas: AtlasFolder = None,
+    atlas: AtlasPath = None,
     tokens: Tokens = None,
     demo: Demo = False,
     probe: Probe = False,
@@ -175,9 +173,10 @@ def report(
         raise typer.BadParameter(
             f"give exactly one, got {len(given)}", param_hint="--text / --image / --atlas / --demo"
         )
+    if image is not None and tokens is not None:
+        raise typer.BadParameter("a picture has no tokens to cut", param_hint="--tokens")
     if atlas is not None:
-        if model:
-            raise typer.BadParameter("an atlas has its model's figures already; leave out MODEL", param_hint="--atlas")
+        _refuse_beside_atlas(model, tokens, probe)
         from regard.watch.atlas import load_atlas
 
         made = regard.report(load_atlas(atlas), out)
@@ -198,7 +197,7 @@ def report(
 def roles(
     model: ModelOrDemo = None,
     text: Text = None,
-    atlas: AtlasFolder = None,
+    atlas: AtlasPath = None,
     tokens: Tokens = None,
     demo: Demo = False,
     probe: Probe = False,
@@ -208,8 +207,11 @@ def roles(
     """Name every head, with the evidence."""
     if demo + (text is not None) + (atlas is not None) != 1:
         raise typer.BadParameter("give exactly one", param_hint="--text / --atlas / --demo")
+    if demo and model:
+        raise typer.BadParameter("brings its own model and text; leave out MODEL", param_hint="--demo")
     loaded = None
     if atlas is not None:
+        _refuse_beside_atlas(model, tokens, probe)
         from regard.watch.atlas import load_atlas
 
         watched = load_atlas(atlas)
@@ -402,12 +404,22 @@ def _watch_text(loaded: Any, text: str, statistics: str, tokens: int | None) -> 
     return watched.atlas
 
 
+def _refuse_beside_atlas(model: str | None, tokens: int | None, probe: bool) -> None:
+    """What only a run of the model could heed is refused where an atlas is given."""
+    given = [name for name, value in (("MODEL", model), ("--tokens", tokens), ("--probe", probe)) if value]
+    if given:
+        raise typer.BadParameter(
+            f"an atlas has its model's figures already; leave out {', '.join(given)}", param_hint="--atlas"
+        )
+
+
 def _watch_corpus(
     loaded: Any, corpus: Path, out: Path, statistics: str, batch: int, tokens: int | None, resume: bool
 ) -> Any:
     """The atlas of a corpus; None in every process but the first."""
     from rich.progress import Progress
 
+    from regard.tasks.text import most_tokens
     from regard.watch.corpus import watch_corpus
 
     if loaded.tokenizer is None:
@@ -422,6 +434,7 @@ def _watch_corpus(
             statistics=statistics,
             batch_size=batch,
             max_length=tokens,
+            most=most_tokens(loaded),
             resume=resume,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

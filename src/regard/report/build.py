@@ -410,7 +410,7 @@ def _notes(
         ),
         (
             "Under window + sinks",
-            "The mass a query keeps when it may see only the first four tokens and a recent window is "
+            "The mass a query keeps when it may see only the first (up to four) tokens and a recent window is "
             "exp(lse of those keys − lse of all keys), averaged over queries. What is missing is lost.",
         ),
         (

@@ -116,10 +116,9 @@ class Atlas(xr.Dataset):
         leaves the old or the new one readable by `Atlas.load`. What is not an atlas is never replaced.
         """
         path = Path(path)
+        check_free(path)
         if path.suffix == ".zip":
             return _save_file(self, path)
-        if path.exists() and not _is_zarr(path):
-            raise AtlasError(f"path: {path} exists and is not an atlas; give another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh, old = _sibling(path, f"new-{os.getpid()}"), _sibling(path, "old")
         shutil.rmtree(fresh, ignore_errors=True)
@@ -300,9 +299,14 @@ def _plain(atlas: Atlas) -> xr.Dataset:
     return xr.Dataset(atlas.data_vars, atlas.coords, atlas.attrs)
 
 
-def _save_file(atlas: Atlas, path: Path) -> Path:
-    if path.exists() and not zipfile.is_zipfile(path):
+def check_free(path: Path) -> None:
+    """An atlas may be saved at `path`: nothing is there, or an atlas of the same form."""
+    ours = zipfile.is_zipfile(path) if path.suffix == ".zip" else _is_zarr(path)
+    if path.exists() and not ours:
         raise AtlasError(f"path: {path} exists and is not an atlas; give another path")
+
+
+def _save_file(atlas: Atlas, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = _sibling(path, f"new-{os.getpid()}")
     try:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .atlas import Atlas, load_atlas, merge
+from .atlas import Atlas, check_free, load_atlas, merge
 from .provenance import fingerprint, provenance
 from .recorder import Recorder
 from .settings import Watch
@@ -108,6 +108,7 @@ def watch_corpus(
     statistics: str | Sequence[str] | Watch = "default",
     batch_size: int = 8,
     max_length: int | None = None,
+    most: int | None = None,
     field: str = "text",
     resume: bool = False,
     progress: Progress | None = None,
@@ -125,12 +126,14 @@ def watch_corpus(
         statistics: as in `regard.watch`.
         batch_size: texts that run together.
         max_length: texts are cut to so many tokens (how many were cut stands in the provenance); None cuts nothing.
+        most: the longest text the model takes, in tokens; a longer one is refused by name before it runs.
         field: the field or column of the text.
         resume: go on with a run that broke off; without it, parts of an earlier run are an error.
         progress: called with (batches done, batches in all) after every batch of the first process.
 
     Raises:
-        CorpusError: an unreadable corpus; parts of another run; an `out` that is taken.
+        CorpusError: an unreadable corpus; a text longer than `most`; parts of another run.
+        AtlasError: an `out` that is taken by something else.
     """
     if batch_size < 1:
         raise CorpusError(f"batch_size: must be at least 1, got {batch_size}")
@@ -159,7 +162,7 @@ def watch_corpus(
     for number, records in enumerate(batches(read_corpus(path, field), batch_size)):
         place = parts / f"batch-{number:08d}.zip"
         if number % world == rank and not place.exists():
-            _watch_batch(model, tokenizer, records, settings, max_length, run).save(place)
+            _watch_batch(model, tokenizer, records, settings, max_length, most, run).save(place)
         if rank == 0 and progress is not None:
             progress(number + 1, total)
     _wait(world)
@@ -180,12 +183,19 @@ def _watch_batch(
     records: list[Record],
     settings: Watch,
     max_length: int | None,
+    most: int | None,
     run: dict[str, Any],
 ) -> Atlas:
     rows = [list(tokenizer(text)["input_ids"]) for _, _, text in records]
     cut = 0 if max_length is None else sum(len(row) > max_length for row in rows)
     if cut:  # the tokenizer cuts, so that closing special tokens stay
         rows = [list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"]) for _, _, text in records]
+    for (_, name, _), row in zip(records, rows, strict=True):
+        if most is not None and len(row) > most:
+            raise CorpusError(
+                f"path: text {name!r} has {len(row)} tokens and the model takes at most {most}: split it, or give "
+                f"max_length={most} (`--tokens {most}`) for the first of them"
+            )
     kept = [(record, row) for record, row in zip(records, rows, strict=True) if row]
     size = max((len(row) for _, row in kept), default=0)
     if size == 0:
@@ -199,6 +209,10 @@ def _watch_batch(
     inputs: dict[str, Any] = {"input_ids": ids.to(device)}
     if not bool(mask.all()):
         inputs["attention_mask"] = mask.to(device)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # it reads the text on both sides
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+        if "attention_mask" in inputs:
+            inputs["decoder_attention_mask"] = inputs["attention_mask"]
     with torch.no_grad(), Recorder(model, settings, tokenizer) as recorder:
         recorder.annotate(names=[f"{number}\t{name}" for (number, name, _), _ in kept])
         model(**inputs)
@@ -227,7 +241,8 @@ def _collect(parts: Path, total: int) -> Atlas:
 
 
 def _open(parts: Path, out: Path, facts: dict[str, Any], resume: bool) -> None:
-    """Make the folder of parts, or check that it is of this very run."""
+    """Make the folder of parts, or check that it is of this very run; `out` is judged before the work, not after."""
+    check_free(out)
     manifest = parts / "run.json"
     if parts.exists() and any(parts.iterdir()):
         if not manifest.is_file():

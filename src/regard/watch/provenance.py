@@ -7,6 +7,7 @@ import platform
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else "none",
         "seed": torch.initial_seed(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }

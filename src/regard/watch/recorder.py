@@ -224,7 +224,8 @@ class Recorder:
         if goes_on:
             assert samples is not None
             state = samples.layers.get(label)
-            goes_on = state is None or 0 < first <= state.next_pos
+            # Another start means another text, or a cache cut back; either way these are not the rows that follow.
+            goes_on = state is None or 0 < first == state.next_pos
         if not goes_on:
             self._close_sequence()
             names = self._notes.get("names") or [str(self._count + b) for b in range(batch)]
