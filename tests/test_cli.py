@@ -71,6 +71,9 @@ def test_watch_writes_an_atlas_that_roles_and_report_read(run, model, text, tmp_
     assert code == 0
     facts = json.loads(out)
     assert (facts["layers"], facts["heads"], facts["samples"]) == (2, 4, 1)
+    packed = tmp_path / "a.zip"
+    assert run("watch", model, "--text", text, "-o", packed)[0] == 0
+    assert run("roles", "--atlas", packed)[0] == 0
     code, out, _ = run("roles", "--atlas", atlas, "--json")
     assert code == 0
     assert len(json.loads(out)["heads"]) == 8
@@ -145,6 +148,10 @@ USAGE = [
     (["nope"], "No such command"),
     (["roles"], "give exactly one"),
     (["roles", "--demo", "--text", "{text}"], "give exactly one"),
+    (["roles", "{model}", "--demo"], "leave out MODEL"),
+    (["roles", "{model}", "--atlas", "a.zarr", "--probe"], "leave out MODEL, --probe"),
+    (["report", "--atlas", "a.zarr", "--tokens", "9"], "leave out --tokens"),
+    (["report", "{model}", "--image", "{text}", "--tokens", "9"], "no tokens to cut"),
     (["roles", "{model}", "--text", "nowhere.txt"], "does not exist"),
     (["roles", "/no/such/folder", "--text", "{text}"], "there is no folder"),
     (["roles", "testbed:nope", "--text", "{text}"], "there is no testbed"),

@@ -16,7 +16,7 @@ import torch
 import transformers as tr
 
 from regard.watch import corpus
-from regard.watch.atlas import Atlas
+from regard.watch.atlas import Atlas, AtlasError
 from regard.watch.corpus import CorpusError, read_corpus, watch_corpus
 from regard.watch.settings import Watch
 
@@ -187,3 +187,41 @@ def test_missing_file_and_column(tmp_path):
     pyarrow.parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
     with pytest.raises(CorpusError, match="no column 'text'"):
         list(read_corpus(tmp_path / "c.parquet"))
+
+
+def test_a_text_longer_than_the_model_takes_is_named(lines, tmp_path):
+    longest = max(range(11), key=lambda n: len(texts()[n]))
+    most = len(texts()[longest])  # one less than its tokens: a first token stands before the bytes
+    with pytest.raises(CorpusError, match=rf"'doc {longest}' has {most + 1} tokens .* at most {most}"):
+        watch_corpus(model(), Letters(), lines, tmp_path / "out.zarr", most=most)
+    assert watch_corpus(model(), Letters(), lines, tmp_path / "whole.zarr", most=most + 1) is not None
+
+
+def test_a_taken_out_is_refused_before_the_work(lines, tmp_path):
+    taken = tmp_path / "mine"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("keep")
+    ran = []
+    with pytest.raises(AtlasError, match="not an atlas"):
+        watch_corpus(model(), Letters(), lines, taken, progress=lambda *done: ran.append(done))
+    assert not ran
+    assert (taken / "notes.txt").read_text() == "keep"
+
+
+def test_an_encoder_decoder_reads_a_corpus_on_both_sides(lines, tmp_path):
+    torch.manual_seed(0)
+    config = tr.BartConfig(
+        vocab_size=256,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+    )
+    atlas = watch_corpus(tr.BartForConditionalGeneration(config).eval(), Letters(), lines, tmp_path / "bart.zarr")
+    assert sorted(set(atlas["kind"].values)) == ["cross", "self"]
+    assert atlas.sizes["layer"] == 3
+    assert np.isfinite(atlas["entropy"].values).all()

@@ -546,3 +546,14 @@ def test_heads_with_masks_of_their_own():
         )
         compared += compare(alone, dense)
     assert compared > 80
+
+
+def test_texts_that_continue_caches_of_their_own_are_samples_of_their_own():
+    model = llama()
+    with torch.no_grad():
+        caches = [model(tokens(1, 9, seed=s), use_cache=True).past_key_values for s in (3, 4)]
+        with watch(model) as w:
+            for s, cache in zip((5, 6), caches, strict=True):
+                model(tokens(1, 4, seed=s), past_key_values=cache)
+    assert w.atlas.sizes["sample"] == 2
+    assert (w.atlas["rows"].values == 8).all()
