@@ -19,7 +19,8 @@ def middle_layers(count: int, layers: int = 5) -> list[int]:
     return sorted({int(i) for i in third[np.linspace(0, len(third) - 1, min(layers, len(third))).round().astype(int)]})
 
 
-def _heads(atlas: Atlas, share: float, layers: int, farthest: bool) -> xr.DataArray:
+def ranked_heads(atlas: Atlas, share: float, layers: int, farthest: bool) -> xr.DataArray:
+    """The (layer, head) pairs of the middle layers that look nearest or farthest on average, a `share` of them."""
     if not 0 < share <= 1:
         raise AtlasError(f"share: must be in (0, 1], got {share}")
     if "self" not in atlas["kind"].values:
@@ -42,7 +43,7 @@ def waad(atlas: Atlas, share: float = 0.3, layers: int = 5) -> xr.DataArray:
 
     Averaged over the nearest-looking `share` of the heads of `layers` layers of the middle third.
     """
-    return _mean(atlas.need("clipped_raw"), _heads(atlas, share, layers, farthest=False))
+    return _mean(atlas.need("clipped_raw"), ranked_heads(atlas, share, layers, farthest=False))
 
 
 @measure("fai", formula="mean of Pbar_global[t, s] over rows s+10 <= t <= s+100", range=(0, 1), paper=PAPER)
@@ -51,4 +52,4 @@ def fai(atlas: Atlas, share: float = 0.3, layers: int = 5) -> xr.DataArray:
 
     Averaged over the farthest-looking `share` of the heads of `layers` layers of the middle third.
     """
-    return _mean(atlas.need("banded_raw"), _heads(atlas, share, layers, farthest=True))
+    return _mean(atlas.need("banded_raw"), ranked_heads(atlas, share, layers, farthest=True))

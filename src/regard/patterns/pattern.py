@@ -114,11 +114,20 @@ class Pattern(ABC):
 
 
 @dataclass(frozen=True)
-class And(Pattern):
-    """Pairs that both parts allow."""
+class _Two(Pattern):
+    """Two patterns put together."""
 
     left: Pattern
     right: Pattern
+
+    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
+        """The cuts of both parts."""
+        return torch.cat([self.left.cuts(a, b), self.right.cuts(a, b)]).unique()
+
+
+@dataclass(frozen=True)
+class And(_Two):
+    """Pairs that both parts allow."""
 
     def allows(
         self,
@@ -130,21 +139,14 @@ class And(Pattern):
         """``left & right``."""
         return self.left.allows(q_idx, kv_idx, head, batch) & self.right.allows(q_idx, kv_idx, head, batch)
 
-    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
-        """The cuts of both parts."""
-        return torch.cat([self.left.cuts(a, b), self.right.cuts(a, b)]).unique()
-
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
         """``all`` is exact, ``any`` may hold too much: keys that each part allows, but never to one query."""
         return _combine(self.left, self.right, q0, q1, kv_len, meet=True)
 
 
 @dataclass(frozen=True)
-class Or(Pattern):
+class Or(_Two):
     """Pairs that at least one part allows."""
-
-    left: Pattern
-    right: Pattern
 
     def allows(
         self,
@@ -155,10 +157,6 @@ class Or(Pattern):
     ) -> Bool[Tensor, "..."]:
         """``left | right``."""
         return self.left.allows(q_idx, kv_idx, head, batch) | self.right.allows(q_idx, kv_idx, head, batch)
-
-    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
-        """The cuts of both parts."""
-        return torch.cat([self.left.cuts(a, b), self.right.cuts(a, b)]).unique()
 
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
         """``any`` is exact, ``all`` may hold too little: keys that every query sees, through one part or the other."""

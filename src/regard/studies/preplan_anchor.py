@@ -137,7 +137,7 @@ def _instrument(model: Any, atlas: Any, ids: Any, back: Any, ahead: Any) -> Find
     layers = atlas["layer"].values.tolist()
 
     def mean_of(farthest: bool) -> Any:
-        chosen = rhythm._heads(atlas, 0.3, 5, farthest).values
+        chosen = rhythm.ranked_heads(atlas, 0.3, 5, farthest).values
         return np.mean([weights[layers.index(layer), head] for layer, head in chosen], axis=0)
 
     n = ids.shape[1]
