@@ -251,7 +251,9 @@ def study(
     name: Annotated[str, typer.Argument(help="The paper's slug, as regard papers lists it.", show_default=False)],
     size: Annotated[Size, typer.Option(help="smoke: seconds on a CPU; full: minutes on a GPU.")] = Size.smoke,
     device: Device = "cpu",
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = DEMO_MODEL,
+    model: Annotated[
+        str | None, typer.Option(help=f"{MODEL_HELP} Left out: the study's own choice.", show_default=False)
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder where findings are kept.")] = Path("out/findings"),
     as_json: AsJson = False,
@@ -263,6 +265,8 @@ def study(
         raise typer.BadParameter(
             f"no study of {name!r} yet; there are {', '.join(protocol.names())}", param_hint="NAME"
         )
+    if model is not None and protocol.default_model(name) is None:
+        raise typer.BadParameter(f"study {name!r} brings its own models and takes no other", param_hint="--model")
     _check_device(device)
     _quiet()
     with _working(f"{name}, {size.value}"):

@@ -24,7 +24,7 @@ def toy(monkeypatch):
 
 
 def test_every_study_keeps_the_protocol():
-    assert protocol.names() == ["preplan-anchor", "retrieval-heads", "secondary-sinks"]
+    assert {"preplan-anchor", "retrieval-heads", "secondary-sinks"} <= set(protocol.names())
     catalogue = {p["slug"] for p in papers.papers(())}
     for name in protocol.names():
         study = protocol.get(name)
@@ -57,6 +57,14 @@ def test_claims_that_wait_are_findings_too(toy):
     first, second = protocol.study("paro")
     assert (first.claim, first.state) == ("a", "holds")
     assert (second.claim, second.state, second.reason) == ("b", "not measured", "needs a cluster")
+
+
+def test_a_study_that_brings_its_own_model_takes_no_other(toy):
+    assert protocol.default_model("paro") == "testbed:decoder"
+    toy.MODEL = None
+    assert protocol.run_and_record("paro", size="smoke")["model"] is None
+    with pytest.raises(ValueError, match=r"brings its own models.*got model='gpt2'"):
+        protocol.study("paro", model="gpt2")
 
 
 def test_a_study_must_judge_exactly_its_claims(toy):

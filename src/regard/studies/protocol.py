@@ -4,6 +4,7 @@ A study is a module of this folder, named after the paper's slug, with
 
 - `PAPER`: the slug, a row of data/papers.tsv;
 - `CLAIMS`: a list of `Claim`;
+- `MODEL`, where it is not "testbed:decoder": what it runs on unless told otherwise, None if it brings its own models;
 - `run(size, device, seed, model) -> list[Finding]`: one finding for every claim it judged.
 
 Nothing here imports torch: `regard papers` reads claims and findings without it.
@@ -99,7 +100,7 @@ class Study(Protocol):
     """The module of one study."""
 
     PAPER: str
-    CLAIMS: Sequence[Claim]
+    CLAIMS: Sequence[Claim]  # and maybe MODEL: see `default_model`
     run: Callable[..., list[Finding]]
 
 
@@ -121,8 +122,13 @@ def get(name: str) -> Study:
     return cast(Study, importlib.import_module(f"regard.studies.{name.replace('-', '_')}"))
 
 
+def default_model(name: str) -> str | None:
+    """The model a study runs on unless told otherwise; None: it brings its own and takes no other."""
+    return getattr(get(name), "MODEL", DEFAULT_MODEL)
+
+
 def study(
-    name: str, size: Size = "smoke", device: str = "cpu", seed: int = 0, model: str = DEFAULT_MODEL
+    name: str, size: Size = "smoke", device: str = "cpu", seed: int = 0, model: str | None = None
 ) -> list[Finding]:
     """Run the study of a paper and return its findings, one for every claim.
 
@@ -131,15 +137,20 @@ def study(
         size: "smoke" (seconds on two CPU cores) or "full" (minutes on one GPU).
         device: where the model runs, "cpu" or "cuda".
         seed: of everything drawn.
-        model: "testbed:decoder", a folder or a hub name.
+        model: "testbed:decoder", a folder or a hub name; None: the study's own choice.
 
     Raises:
         KeyError: no such study.
-        ValueError: size is neither, or the study judged another set of claims than it states.
+        ValueError: size is neither, the study takes no model and one is given, or it judged another set of claims
+            than it states.
     """
     found = get(name)
     if size not in get_args(Size):
         raise ValueError(f"size must be one of {get_args(Size)}, got {size!r}")
+    default = default_model(name)
+    if default is None and model is not None:
+        raise ValueError(f"study {name!r} brings its own models and takes no other, got model={model!r}")
+    model = default if model is None else model
     findings = found.run(size=size, device=device, seed=seed, model=model)
     for claim in found.CLAIMS:
         if claim.waits:
@@ -157,7 +168,8 @@ def run_and_record(name: str, **arguments: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     return {
         "paper": name,
-        **{"size": "smoke", "model": DEFAULT_MODEL, "seed": 0, "device": "cpu"} | arguments,
+        **{"size": "smoke", "seed": 0, "device": "cpu"} | arguments,
+        "model": arguments.get("model") or default_model(name),
         "findings": [asdict(f) for f in findings],
         "provenance": provenance(seconds),
     }
@@ -187,7 +199,7 @@ def keep(record: dict[str, Any], folder: Path) -> Path:
         return all(other[key] == record[key] for key in ("size", "model", "seed"))
 
     records = [r for r in records_of(record["paper"], folder) if not same(r)] + [record]
-    records.sort(key=lambda r: (r["size"], r["model"], r["seed"]))
+    records.sort(key=lambda r: (r["size"], r["model"] or "", r["seed"]))
     whole = path.with_suffix(".part")
     whole.write_text(json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     whole.replace(path)
