@@ -91,7 +91,8 @@ class Trainer:
         model: trained in place.
         batches: the batch of a step.
         recipe: rates and lengths.
-        out: folder of the checkpoints ``step-N`` (the last one is kept).
+        out: folder of the checkpoints ``step-N`` (the last one is kept); None keeps nothing and stops at a signal as
+            any Python does.
         loss: of a model and a batch.
         evaluate: figures of the model, called every ``evaluate_every`` steps and at the end; they go to the history.
         checkpoint_every: steps between checkpoints.
@@ -104,7 +105,7 @@ class Trainer:
         model: nn.Module,
         batches: Callable[[int], Any],
         recipe: Recipe,
-        out: Path,
+        out: Path | None,
         *,
         loss: Callable[[nn.Module, Any], Tensor] = token_loss,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -113,7 +114,8 @@ class Trainer:
         on_step: Callable[[int, dict[str, float]], None] | None = None,
         run_name: str = "",
     ) -> None:
-        self.model, self.batches, self.recipe, self.out, self.loss = model, batches, recipe, Path(out), loss
+        self.model, self.batches, self.recipe, self.loss = model, batches, recipe, loss
+        self.out = None if out is None else Path(out)
         self.evaluate, self.evaluate_every, self.checkpoint_every = evaluate, evaluate_every, checkpoint_every
         self.on_step, self.run_name = on_step, run_name
         self.step = 0
@@ -129,9 +131,10 @@ class Trainer:
             Interrupted: on SIGINT or SIGTERM, after the checkpoint of the step under way.
             FloatingPointError: where the loss is not finite.
         """
-        self.restore()
+        if self.out is not None:
+            self.restore()
         self.starts.append({"step": self.step, "threads": torch.get_num_threads()})
-        with _signals() as stop:
+        with _signals(caught=self.out is not None) as stop:
             while self.step < self.recipe.steps:
                 began = time.perf_counter()
                 entry = self._one_step()
@@ -144,7 +147,8 @@ class Trainer:
                 self.history.append(entry | {"seconds": round(self.seconds, 1)})
                 if self.on_step:
                     self.on_step(self.step, self.history[-1])
-                if stop.is_set() or self.step % self.checkpoint_every == 0 or self.step == self.recipe.steps:
+                due = self.step % self.checkpoint_every == 0 or self.step == self.recipe.steps
+                if self.out is not None and (stop.is_set() or due):
                     self.save()
                 if stop.is_set() and self.step < self.recipe.steps:
                     raise Interrupted(f"stopped after step {self.step} of {self.recipe.steps}; {self.out} goes on")
@@ -169,10 +173,16 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return {"step": self.step + 1, "loss": loss.item(), "grad_norm": norm.item(), "rate": rate}
 
+    def _folder(self) -> Path:
+        if self.out is None:
+            raise ValueError("out is None, so this trainer keeps no checkpoints; name a folder")
+        return self.out
+
     def save(self) -> Path:
         """Writes the checkpoint beside the last one, then removes that: killed at any time, one is whole."""
-        target = self.out / f"step-{self.step:06d}"
-        draft = self.out / f"draft-{os.getpid()}"
+        folder = self._folder()
+        target = folder / f"step-{self.step:06d}"
+        draft = folder / f"draft-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, draft / "model.safetensors")
@@ -192,7 +202,7 @@ class Trainer:
         (draft / "state.json").write_text(json.dumps(state))
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
-        for old in self.out.glob("step-*"):
+        for old in folder.glob("step-*"):
             if old != target:
                 shutil.rmtree(old)
         return target
@@ -203,9 +213,10 @@ class Trainer:
         Raises:
             ValueError: it belongs to another run, or is past this recipe's end.
         """
-        for draft in self.out.glob("draft-*"):  # of a process killed while writing
+        folder = self._folder()
+        for draft in folder.glob("draft-*"):  # of a process killed while writing
             shutil.rmtree(draft)
-        found = sorted(p for p in self.out.glob("step-*") if (p / "state.json").exists())
+        found = sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
         if not found:
             return
         state = json.loads((found[-1] / "state.json").read_text())
@@ -254,10 +265,10 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optim
 
 
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
+def _signals(caught: bool = True) -> Iterator[threading.Event]:
     """Turns SIGINT and SIGTERM into an event while training (in the main thread; elsewhere signals do not arrive)."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if not caught or threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
