@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from regard.kernels.attend import attend as attend
     from regard.measures.roles import roles as roles
     from regard.report.build import report as report
     from regard.studies.protocol import study as study
@@ -18,27 +19,26 @@ if TYPE_CHECKING:
     from regard.watch.intervene import Edit as Edit
     from regard.watch.intervene import Site as Site
     from regard.watch.intervene import intervene as intervene
+    from regard.watch.intervene import intervene as steer
     from regard.watch.intervene import scan as scan
     from regard.watch.intervene import trace as trace
     from regard.watch.recorder import watch as watch
 
-    steer = intervene
-
 _HOME = {
+    "attend": "regard.kernels.attend:attend",
     "Atlas": "regard.watch.atlas:Atlas",
     "load_atlas": "regard.watch.atlas:load_atlas",
     "roles": "regard.measures.roles:roles",
     "load": "regard.tasks.testbeds:load",
     "trace": "regard.watch.intervene:trace",
     "intervene": "regard.watch.intervene:intervene",
-    "steer": "regard.watch.intervene:intervene",  # a method of steering is a list of edits
     "Site": "regard.watch.intervene:Site",
     "Edit": "regard.watch.intervene:Edit",
     "scan": "regard.watch.intervene:scan",
     "anatomy": "regard.watch.anatomy:anatomy",
     "study": "regard.studies.protocol:study",
 }
-_PACKAGES = ("watch", "report")  # callable, and folders of modules too
+_PACKAGES = ("watch", "report", "steer")  # callable, and folders of modules too
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 
