@@ -10,27 +10,28 @@ __all__ = ["clip", "complement", "intersect", "length", "union"]
 
 
 def clip(sets: Int[Tensor, "rows m 2"], limit: int) -> Int[Tensor, "rows m_out 2"]:
-    """Clip to ``[0, limit)``, drop empties, sort, and merge what overlaps or abuts."""
+    """Clip to ``[0, limit)``, drop empties, sort, and merge what overlaps or abuts. Sets in order are not sorted."""
     rows, m = sets.shape[:2]
     if rows == 0 or m == 0:
         return sets.new_zeros(rows, 0, 2)
     lo, hi = sets.clamp(0, limit).unbind(-1)
-    lo = torch.where(lo < hi, lo, limit + 1)  # empties sort last
-    lo, order = lo.sort(dim=1)
-    hi = hi.gather(1, order)
-    there = lo <= limit
+    there = lo < hi
+    if m > 1 and (torch.where(there, lo, -1).cummax(1).values > torch.where(there, lo, limit)).any():
+        lo, order = torch.where(there, lo, limit).sort(dim=1)  # empties sort last
+        hi, there = hi.gather(1, order), there.gather(1, order)
     reach = torch.where(there, hi, -1).cummax(dim=1).values
-    opens = torch.ones_like(there)
-    opens[:, 1:] = lo[:, 1:] > reach[:, :-1]
-    slot = (opens & there).cumsum(1) - 1
-    width = int(slot.max()) + 1
-    out = sets.new_zeros(rows, width + 1, 2)  # the last column takes what is not there
-    slot = torch.where(there, slot, width)
-    out[..., 0] = limit + 1
-    out[..., 0].scatter_reduce_(1, slot, lo, "amin")
-    out[..., 1].scatter_reduce_(1, slot, torch.where(there, hi, 0), "amax")
-    out = out[:, :width]
-    return torch.where((out[..., :1] < out[..., 1:]), out, 0)
+    opens = there.clone()
+    opens[:, 1:] &= lo[:, 1:] > reach[:, :-1]
+    if opens.all():
+        return torch.stack([lo, hi], dim=-1)
+    count = opens.cumsum(1)
+    closes = count > 0  # an interval ends before the next one opens, the last one at the end of the row
+    closes[:, :-1] &= opens[:, 1:]
+    total = count[:, -1]
+    out = sets.new_zeros(rows, int(total.max()), 2)
+    place = torch.arange(out.shape[1], device=out.device) < total[:, None]
+    out[place] = torch.stack([lo[opens], reach[closes]], dim=-1)
+    return out
 
 
 def union(a: Int[Tensor, "rows m 2"], b: Int[Tensor, "rows n 2"], limit: int) -> Int[Tensor, "rows k 2"]:
