@@ -9,7 +9,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from regard.kernels.attend import attend as attend
-    from regard.kernels.attend import attend as attend
     from regard.measures.roles import roles as roles
     from regard.report.build import report as report
     from regard.studies.protocol import study as study
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from regard.watch.recorder import watch as watch
 
 _HOME = {
-    "attend": "regard.kernels.attend:attend",
     "attend": "regard.kernels.attend:attend",
     "Atlas": "regard.watch.atlas:Atlas",
     "load_atlas": "regard.watch.atlas:load_atlas",
