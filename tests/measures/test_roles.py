@@ -11,7 +11,7 @@ from torch import nn
 
 from regard.measures.roles import DEFAULT, ROLES, name_heads, roles
 from regard.measures.scores import lag, role_scores
-from regard.patterns.static import Segments
+from regard.patterns import Segments
 from regard.watch.recorder import watch
 
 LENGTH = 128

@@ -1,19 +1,38 @@
 """Which pairs meet: static geometry and its algebra."""
 
-from regard.patterns.pattern import And, Not, Or, Pattern
-from regard.patterns.static import Causal, Columns, Diagonals, Full, Segments, Sinks, StaticPattern, Window
+from regard.patterns.axes import Congruent, Neighborhood1d, Same
+from regard.patterns.grid import Grid, Neighborhood
+from regard.patterns.order import Order, TileOrder
+from regard.patterns.algebra import And, Not, Or
+from regard.patterns.pattern import Pattern
+from regard.patterns.diagonals import Diagonals, Dilated, Strided
+from regard.patterns.segments import BlockCausal, Blocks, Segments
+from regard.patterns.static import Causal, Columns, Full, Prefix, Queries, Sinks, StaticPattern, Window
 
 __all__ = [
     "And",
+    "BlockCausal",
+    "Blocks",
     "Causal",
     "Columns",
+    "Congruent",
     "Diagonals",
+    "Dilated",
     "Full",
+    "Grid",
+    "Neighborhood",
+    "Neighborhood1d",
     "Not",
     "Or",
+    "Order",
     "Pattern",
+    "Prefix",
+    "Queries",
+    "Same",
     "Segments",
     "Sinks",
     "StaticPattern",
+    "Strided",
+    "TileOrder",
     "Window",
 ]
