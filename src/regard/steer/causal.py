@@ -15,8 +15,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard.watch.anatomy import Anatomy
-from regard.watch.anatomy import anatomy as find_anatomy
+from regard.watch.anatomy import Anatomy, anatomy_for
 from regard.watch.edits import Edit
 from regard.watch.effects import Metric, damage
 from regard.watch.heads import mask_heads
@@ -66,7 +65,7 @@ def head_ablation(
     Returns:
         The changes, with the metric of the whole model as coordinate `plain` [sample] and the kind in `attrs`.
     """
-    parts = _parts(model, inputs, anatomy)
+    parts = anatomy_for(model, inputs, anatomy)
     wanted = heads_of(parts) if heads is None else list(heads)
     edits = [mask_heads([head], kind, values=values, pos=pos, seed=seed) for head in wanted]
     found = scan(model, inputs, None, edits, metric, chunk, anatomy=parts, valid=valid)
@@ -116,7 +115,7 @@ def path_patch(
     wanted = [receivers] if isinstance(receivers, Site) else list(receivers)
     if not wanted:
         raise ValueError("receivers must name at least one Site")
-    parts = _parts(model, clean, anatomy)
+    parts = anatomy_for(model, clean, anatomy)
     reach = max(_depth(site, parts) for site in wanted)
     possible = [head for head in heads_of(parts) if head[0] < reach]
     chosen = possible if senders is None else list(senders)
@@ -184,7 +183,7 @@ def patch_grid(
         direction: "denoise" gives `recovery`, "noise" gives `damage`.
         chunk, anatomy, valid: as in `scan`.
     """
-    found = _parts(model, clean, anatomy)
+    found = anatomy_for(model, clean, anatomy)
     rows = list(range(len(found))) if layers is None else [found.block(layer) for layer in layers]
     sites = [Site(layer, part, pos=pos) for part in parts for layer in rows for pos in classes.values()]
     done = scan(model, clean, corrupt, sites, metric, chunk, direction=direction, anatomy=found, valid=valid)
@@ -224,7 +223,7 @@ def conditional_mean(
     """
     if site.in_attention or site.pos is not None:
         raise ValueError(f"site must be one of the stream, for all tokens; got {site}")
-    parts = _parts(model, {"input_ids": ids}, anatomy)
+    parts = anatomy_for(model, {"input_ids": ids}, anatomy)
     length = ids.shape[1]
     means: dict[tuple[int, int], Tensor] = {}
     for at in range(length):
@@ -241,15 +240,6 @@ def conditional_mean(
     rows = [torch.stack([means[at, token] for at, token in enumerate(row)]) for row in ids.tolist()]
     example = trace(model, {"input_ids": ids[:1]}, site, anatomy=parts)[site]
     return torch.stack(rows).to(example)
-
-
-def _parts(model: nn.Module, inputs: Any, anatomy: Anatomy | None) -> Anatomy:
-    if anatomy is not None:
-        return anatomy
-    try:
-        return find_anatomy(model)
-    except ValueError:  # it does not say what inputs look like: probe with those at hand
-        return find_anatomy(model, inputs)
 
 
 def _frozen(parts: Anatomy, receivers: Sequence[Site]) -> list[Site]:

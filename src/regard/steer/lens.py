@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.watch.anatomy import Anatomy
-from regard.watch.anatomy import anatomy as find_anatomy
+from regard.watch.anatomy import Anatomy, anatomy_for
 
 __all__ = ["TunedLens", "logit_lens"]
 
@@ -24,7 +23,7 @@ def logit_lens(
     Raises:
         LookupError: a model without `unembed`; one without a final norm is read without.
     """
-    parts = find_anatomy(model) if anatomy is None else anatomy
+    parts = anatomy_for(model, None, anatomy)
     if parts.unembed is None:
         raise LookupError(f"unembed: {parts.missing.get('unembed', 'the model has none')}")
     modules = dict(model.named_modules(remove_duplicate=False))

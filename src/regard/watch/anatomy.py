@@ -149,6 +149,18 @@ def anatomy(model: nn.Module, inputs: Any = None, **given: Any) -> Anatomy:
     return found
 
 
+def anatomy_for(model: nn.Module, inputs: Any, given: Anatomy | None = None) -> Anatomy:
+    """The parts given, else found: from what the model says of itself, or with these inputs where it says nothing."""
+    if given is not None:
+        return given
+    try:
+        return anatomy(model)
+    except ValueError:
+        if inputs is None:
+            raise
+        return anatomy(model, inputs)
+
+
 def _per_block(model: nn.Module, name: str, value: Any, blocks: tuple[str, ...]) -> tuple:
     if name == "mid" and isinstance(value, tuple) and len(value) == 2 and value[1] in ("input", "output"):
         rows: tuple = tuple((value[0].format(b), value[1]) for b in blocks)

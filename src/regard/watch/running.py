@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from regard.watch.anatomy import Anatomy, anatomy
+from regard.watch.anatomy import Anatomy, anatomy_for
 from regard.watch.edits import Edit, change
 from regard.watch.passes import Axis, Pass, token_columns
 from regard.watch.places import Place
@@ -61,12 +61,7 @@ class Running:
     def parts(self) -> Anatomy:
         """The model's anatomy, found when first needed."""
         if self._parts is None:
-            try:
-                self._parts = anatomy(self.model)
-            except ValueError:
-                if self._inputs is None:
-                    raise
-                self._parts = anatomy(self.model, self._inputs)
+            self._parts = anatomy_for(self.model, self._inputs)
         return self._parts
 
     def _now(self, site: Site) -> Pass:
