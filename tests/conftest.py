@@ -13,4 +13,5 @@ settings.register_profile(
 settings.load_profile("regard")
 
 # Every annotated shape in these packages is checked on every call the tests make.
-install_import_hook(["regard.patterns", "regard.kernels", "regard.watch", "regard.measures"], "beartype.beartype")
+CHECKED = ("patterns", "kernels", "watch", "measures", "layers", "models")
+install_import_hook([f"regard.{name}" for name in CHECKED], "beartype.beartype")
