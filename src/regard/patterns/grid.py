@@ -101,17 +101,16 @@ class Grid(Pattern):
         exact = (all(r.exact[0] for r, _ in per_box), all(r.exact[1] for r, _ in per_box))
         n, slots = prod(self.shape), boxes.shape[1]
 
-        def spread(which: int) -> tuple[Tensor, Tensor]:
-            flat = flat_intervals([rows[which][back] for rows, back in per_box], self.shape)
+        def spread(sets: list[Tensor]) -> Tensor:
+            flat = flat_intervals([of[back] for of, (_, back) in zip(sets, per_box, strict=True)], self.shape)
             out = flat.new_zeros(len(q0), slots, flat.shape[1], 2)
             out[run, box] = flat
-            return out, flat
+            return out
 
-        some = iv.clip(spread(0)[0].flatten(1, 2), min(n, kv_len))
-        each = spread(1)[0]
-        missing = [
-            iv.complement(iv.clip(each[:, s], n), n).masked_fill(~there[:, s, None, None], 0) for s in range(slots)
-        ]
+        some = iv.clip(spread([rows.any for rows, _ in per_box]).flatten(1, 2), min(n, kv_len))
+        each = spread([rows.all for rows, _ in per_box])
+        absent = ~there[..., None, None]
+        missing = [iv.complement(iv.clip(each[:, s], n), n).masked_fill(absent[:, s], 0) for s in range(slots)]
         every = iv.complement(iv.clip(torch.cat(missing, 1), n), n)
         return Rows(some, iv.clip(every, min(n, kv_len)), exact)
 

@@ -112,6 +112,11 @@ class TileOrder(Order):
         return tuple(_axis(n, t, g) for n, t, g in zip(self.shape, self.tile, self.groups, strict=True))
 
     @property
+    def n_padded(self) -> int:
+        """How many positions there are, padding included."""
+        return prod(len(a) for a in self.along)
+
+    @property
     def tiles(self) -> tuple[int, ...]:
         """Number of tiles along each axis."""
         return tuple(len(a) // t for a, t in zip(self.along, self.tile, strict=True))

@@ -18,6 +18,8 @@ from regard.patterns.pattern import Pattern
 
 __all__ = ["AxisTiles", "Tiled", "axis_tiles", "tile"]
 
+CHUNK = 1 << 16  # listed blocks worked on at once
+
 
 class AxisTiles(NamedTuple):
     """Which key tiles each query tile of one axis meets: CSR over query tiles."""
@@ -102,16 +104,19 @@ def _diagonal(parts: list[AxisTiles]) -> AxisTiles:
 
 def kronecker(outer: AxisTiles, inner: AxisTiles) -> AxisTiles:
     """Tiles of two axes: listed iff both list them, full iff both cover them; the inner axis runs fastest."""
-    n_outer, n_inner = outer.indptr.diff(), inner.indptr.diff()
-    counts = (n_outer[:, None] * n_inner[None]).flatten()
+    counts = (outer.indptr.diff()[:, None] * inner.indptr.diff()[None]).flatten()
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    row = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    nth = torch.arange(len(row)) - indptr[:-1][row]
-    j = row % len(n_inner)
-    width = n_inner[j]
-    a, b = outer.indptr[row // len(n_inner)] + nth // width, inner.indptr[j] + nth % width
-    indices = outer.indices[a] * inner.kv_tiles + inner.indices[b]
-    return AxisTiles(indptr, indices, outer.full[a] & inner.full[b], outer.kv_tiles * inner.kv_tiles)
+    listed, n_inner = int(indptr[-1]), len(inner.indptr) - 1
+    indices, full = torch.empty(listed, dtype=torch.int32), torch.empty(listed, dtype=torch.bool)
+    for start in range(0, listed, CHUNK):
+        entry = torch.arange(start, min(start + CHUNK, listed))
+        row = torch.searchsorted(indptr, entry, right=True) - 1
+        nth, j = entry - indptr[row], row % n_inner
+        width = inner.indptr[j + 1] - inner.indptr[j]
+        a, b = outer.indptr[row // n_inner] + nth // width, inner.indptr[j] + nth % width
+        indices[start : start + CHUNK] = outer.indices[a] * inner.kv_tiles + inner.indices[b]
+        full[start : start + CHUNK] = outer.full[a] & inner.full[b]
+    return AxisTiles(indptr, indices, full, outer.kv_tiles * inner.kv_tiles)
 
 
 def tile(grid: Grid, q_tile: tuple[int, ...], kv_tile: tuple[int, ...]) -> Tiled:
