@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ BACKENDS = {name: module for name, module in _ALL.items() if importlib.util.find
 DENSE_LIMIT = 1 << 26  # pairs that "auto" gives to `reference`, where no other backend takes the call
 
 
+@runtime_checkable
 class Backend(Protocol):
     """What a backend module has."""
 
