@@ -1,6 +1,6 @@
 """Named figures of an atlas and the roles of its heads. `names()` lists the measures, `get(name)(atlas)` takes one."""
 
-from . import context, distance, entropy, modality, relations, retrieval, rhythm, sinks, spatial
+from . import context, distance, entropy, groups, modality, relations, retrieval, rhythm, sinks, spatial
 from .registry import Measure, get, measure, names
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "distance",
     "entropy",
     "get",
+    "groups",
     "measure",
     "modality",
     "names",

@@ -115,15 +115,15 @@ class Figures:
     def _column_weights(self) -> Tensor | None:
         """Row weights [batch, q_len, C] of the column pass, and their places in `self.columns`."""
         s, geo = self.settings, self.geometry
-        if not (s.has("group", "received", "kurtosis", "blocks", "stripe") or s.sampled("received_raw")):
+        if not (s.has("group", "received", "kurtosis", "blocks", "stripe") or s.sampled("received_raw", "group_raw")):
             return None
         rows = geo.rows
         even = geo.q_pos % 2 == 0
         parts = {"halves": torch.stack([rows & even, rows & ~even], -1)}
         if s.has("group"):
             parts["later"] = torch.stack([rows & self._later(g) for g in s.k_groups], -1)
-            if s.groups:
-                parts["q_groups"] = torch.stack([rows & self.groups[g][0] for g in s.groups], -1)
+        if (s.has("group") or s.sampled("group_raw")) and s.groups:
+            parts["q_groups"] = torch.stack([rows & self.groups[g][0] for g in s.groups], -1)
         if s.has("blocks"):
             parts["blocks"] = one_hot(geo.q_bin, rows, torch.bool)
         at = 0
@@ -299,13 +299,24 @@ class Figures:
         return torch.stack([self._keys_of(g) for g in self.settings.k_groups], -1).double()  # [batch, kv_len, groups]
 
     @cached_property
+    def group_rows(self) -> Tensor:
+        """Rows of each group that count, [batch, heads or 1, q_groups]."""
+        inside = torch.stack([self._rows_of(g) for g in self.settings.q_groups], -1).double()
+        return torch.einsum("bhq,bqc->bhc", self.counted, inside)
+
+    def group_mass(self, columns: Tensor) -> Tensor:
+        """Mass from the rows of each group to its keys, [batch, heads, q_groups, k_groups], of the column pass."""
+        rows = [columns[:, :, self.columns["halves"]].double().sum(2, keepdim=True)]
+        if self.settings.groups:
+            rows.append(columns[:, :, self.columns["q_groups"]].double())
+        return torch.einsum("bhck,bkg->bhcg", torch.cat(rows, 2), self._group_keys)
+
+    @cached_property
     def _group_counts(self) -> dict[str, Tensor]:
-        s = self.settings
-        inside = torch.stack([self._rows_of(g) for g in s.q_groups], -1).double()
-        after = torch.stack([self._later(g) for g in s.k_groups], -1).double()
+        after = torch.stack([self._later(g) for g in self.settings.k_groups], -1).double()
         return {
             "group_keys": torch.einsum("bhck,bkg->hcg", self.seen, self._group_keys),
-            "group_rows": torch.einsum("bhq,bqc->hc", self.counted, inside),
+            "group_rows": self.group_rows.sum(0),
             "later_rows": torch.einsum("bhq,bqg->hg", self.counted, after),
         }
 
@@ -331,16 +342,10 @@ class Figures:
         out["top1_offset"] = counts.scatter_add_(1, flat, counted.transpose(0, 1).flatten(1))
 
     def _groups(self, columns: Tensor, out: dict[str, Tensor], heads: int) -> None:
-        s = self.settings
-        keys = self._group_keys
-        halves = columns[:, :, self.columns["halves"]].double()
-        rows = [halves.sum(2, keepdim=True)]
-        if s.groups:
-            rows.append(columns[:, :, self.columns["q_groups"]].double())
-        out["group"] = torch.einsum("bhck,bkg->hcg", torch.cat(rows, 2), keys)
+        out["group"] = self.group_mass(columns).sum(0)
         out |= {name: counts.expand(heads, *counts.shape[1:]) for name, counts in self._group_counts.items()}
         later = columns[:, :, self.columns["later"]].double()
-        out["later"] = torch.einsum("bhgk,bkg->hg", later, keys)
+        out["later"] = torch.einsum("bhgk,bkg->hg", later, self._group_keys)
 
     def _offsets(self, profile: Tensor, out: dict[str, Tensor]) -> None:
         """distance, near and window from the full profile [heads, 2, offsets]."""

@@ -38,6 +38,8 @@ class LayerState:
     band_rows: Float[Tensor, "batch keys"] | None = None
     group_max: Tensor | None = None
     group_rows: Tensor | None = None
+    grouped: tuple[Tensor, Tensor] | None = None
+    """Mass between groups [batch, heads, q_groups, k_groups] and the rows of each [batch, heads or 1, q_groups]."""
     hits: Tensor | None = None
     copied: Tensor | None = None
     steps: Tensor | None = None
@@ -81,6 +83,10 @@ class Sequence:
             rows = geo.rows.sum(1).double()
             state.group_max = most if state.group_max is None else state.group_max + most
             state.group_rows = rows if state.group_rows is None else state.group_rows + rows
+        if self.settings.sampled("group_raw"):
+            mass, counted = figures.group_mass(raw["columns"]), figures.group_rows
+            before = state.grouped
+            state.grouped = (mass, counted) if before is None else (before[0] + mass, before[1] + counted)
         if "clipped" in raw:
             self._rowwise(state, "clipped_raw", raw["clipped"], geo, size)
             old = state.by_key.get("banded")
@@ -142,6 +148,10 @@ class Sequence:
             out["banded_raw"] = banded.transpose(0, 1)
         if state.group_max is not None and state.group_rows is not None:
             out["group_max_raw"] = state.group_max / state.group_rows[:, None]
+        if state.grouped is not None:
+            mass, counted = state.grouped
+            rows = counted[..., None].expand_as(mass)
+            out["group_raw"] = torch.where(rows > 0, mass / rows.clamp(min=1), torch.nan).transpose(0, 1)
         if state.hits is not None and state.copied is not None:
             out["copy_hits"] = state.hits.T.double()
             out["copy_distinct"] = state.copied.sum(2).T.double()

@@ -86,6 +86,12 @@ VARIABLES: dict[str, Variable] = {
     "group_max_raw": Variable(
         ("layer", "sample", "k_group"), CONCAT, "mass", "mean over rows of the largest mass any head puts on the group"
     ),
+    "group_raw": Variable(
+        (*LH, "sample", "q_group", "k_group"),
+        CONCAT,
+        "mass",
+        "mean over rows of a group of the mass on keys of a group",
+    ),
     "copy_hits": Variable(
         (*LH, "sample"), CONCAT, "hits", "answer rows whose top key is the needle token being written"
     ),
@@ -136,6 +142,7 @@ PER_SAMPLE: dict[str, tuple[str, ...]] = {
     "entropy_raw": ("entropy_raw",),
     "rhythm": ("clipped_raw", "banded_raw"),
     "group_max_raw": ("group_max_raw",),
+    "group_raw": ("group_raw",),
     "copy_hits": ("copy_hits", "copy_distinct", "copy_steps", "needle_tokens"),
 }
 STREAM_VARIABLES = (*(name for name, v in VARIABLES.items() if v.dims == STREAM), "bos_embed_norm")
