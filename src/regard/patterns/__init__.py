@@ -1,17 +1,19 @@
 """Which pairs meet: static geometry and its algebra."""
 
+from regard.patterns.algebra import And, Not, Or, PerHead, PerSample, per_head, per_sample
 from regard.patterns.axes import Congruent, Neighborhood1d, Same
-from regard.patterns.grid import Grid, Neighborhood
-from regard.patterns.order import Order, TileOrder
-from regard.patterns.algebra import And, Not, Or
-from regard.patterns.pattern import Pattern
 from regard.patterns.diagonals import Diagonals, Dilated, Strided
+from regard.patterns.grid import Grid, Neighborhood
+from regard.patterns.layout import BlockLayout
+from regard.patterns.order import Order, TileOrder
+from regard.patterns.pattern import Pattern
 from regard.patterns.segments import BlockCausal, Blocks, Segments
 from regard.patterns.static import Causal, Columns, Full, Prefix, Queries, Sinks, StaticPattern, Window
 
 __all__ = [
     "And",
     "BlockCausal",
+    "BlockLayout",
     "Blocks",
     "Causal",
     "Columns",
@@ -26,6 +28,8 @@ __all__ = [
     "Or",
     "Order",
     "Pattern",
+    "PerHead",
+    "PerSample",
     "Prefix",
     "Queries",
     "Same",
@@ -35,4 +39,6 @@ __all__ = [
     "Strided",
     "TileOrder",
     "Window",
+    "per_head",
+    "per_sample",
 ]

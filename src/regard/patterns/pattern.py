@@ -6,18 +6,22 @@ An immutable value. Everything follows from one predicate over absolute indices,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from regard.patterns import intervals
+from regard.patterns import states as st
+from regard.patterns.layout import BlockLayout, block_size
 
-__all__ = ["And", "Not", "Or", "Pattern", "Rows", "resolve_q_start"]
+__all__ = ["Pattern", "Rows", "resolve_q_start"]
 
 CHUNK = 1 << 22  # pairs evaluated at once when a pattern has no closed form
+CELLS = 1 << 17  # runs of equal blocks worked on at once
 
 
 def resolve_q_start(q_len: int, kv_len: int, q_start: int | None) -> int:
@@ -67,12 +71,77 @@ class Pattern(ABC):
         """Keys of the runs of queries ``[q0, q1)`` in closed form; None for a pattern that has none."""
         return None
 
+    def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
+        """Raise ValueError where the pattern is bound to a shape that this is not. Default: any shape is fine."""
+
+    @property
+    def heads(self) -> int | None:
+        """How many heads the pattern tells apart; None: all are alike."""
+        return None
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples of a batch the pattern tells apart; None: all are alike."""
+        return None
+
+    def of(self, head: int = 0, sample: int = 0) -> Pattern:
+        """The pattern of one head of one sample, which tells none apart."""
+        return self
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether layouts follow from `rows`; False: pairs are evaluated."""
+        return type(self).rows is not Pattern.rows
+
+    def states(self, frame: st.Frame, first: int, last: int) -> st.States:
+        """What is known of the blocks of query-block rows ``[first, last)`` without looking at pairs."""
+        end = frame.q_start + frame.q_len
+        a, b = frame.q_start + first * frame.bq, min(frame.q_start + last * frame.bq, end)
+        edges = np.append(np.unique(np.append(np.arange(a, b, frame.bq), self.cuts(a, b).numpy())), b)
+        q0, q1 = torch.from_numpy(edges[:-1]), torch.from_numpy(edges[1:])
+        rows = self.rows(q0, q1, frame.kv_start + frame.kv_len)
+        if rows is None:
+            return st.constant(st.ABSENT | st.PARTIAL | st.FULL, last - first, frame.n_kv)
+        return st.from_rows(rows, (edges[:-1] - a) // frame.bq, last - first, frame)
+
+    def layout(self, q_len: int, kv_len: int, block: int | tuple[int, int], q_start: int | None = None) -> BlockLayout:
+        """Which key blocks each query block meets, each full or partial: exact, at the cost of the blocks listed.
+
+        Args:
+            q_len, kv_len: queries and keys.
+            block: tokens in a block, or ``(query block, key block)``. Query blocks start at ``q_start``, key blocks at 0.
+            q_start: absolute index of the first query; None: the queries are the last ones.
+
+        A pattern without `rows` (``closed_form`` is False) is evaluated pair by pair, in chunks.
+        """
+        start = resolve_q_start(q_len, kv_len, q_start)
+        bq, bk = block_size(block)
+        self.fits(q_len, kv_len, start)
+        heads, samples = self.heads or 1, self.samples or 1
+        frame = st.Frame(start, q_len, 0, kv_len, bq, bk)
+        made: dict[Pattern, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        parts = [self.of(head, sample) for sample in range(samples) for head in range(heads)]
+        for part in parts:
+            if part not in made:
+                made[part] = _blocks(part, frame)
+        counts, indices, full = (_joined([made[part][n] for part in parts]) for n in range(3))
+        indptr = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        arrays = (torch.from_numpy(x) for x in (indptr, indices, full))
+        return BlockLayout(*arrays, q_len, kv_len, (bq, bk), heads, samples)
+
     def row_counts(self, q_len: int, kv_len: int, q_start: int | None = None) -> Int[Tensor, "{q_len}"]:
         """How many keys each query may see: ``n_i = #{j : allows(i, j)}``.
 
         From the intervals of `rows`; a pattern without them is evaluated pair by pair, ``CHUNK`` at a time.
         """
         start = resolve_q_start(q_len, kv_len, q_start)
+        self.fits(q_len, kv_len, start)
+        if self.heads or self.samples:
+            raise ValueError(
+                f"row_counts() takes a pattern alike for all heads and samples, this one has heads={self.heads}, "
+                f"samples={self.samples}: ask pattern.of(head, sample)"
+            )
         first = torch.arange(start, start + q_len)
         rows = self.rows(first, first + 1, kv_len)
         if rows is not None:
@@ -87,9 +156,25 @@ class Pattern(ABC):
         return counts
 
     def density(self, q_len: int, kv_len: int, q_start: int | None = None) -> float:
-        """Allowed pairs divided by all ``q_len * kv_len`` pairs, in [0, 1]; 0.0 where there is no pair."""
-        pairs = q_len * kv_len
-        return self.row_counts(q_len, kv_len, q_start).sum().item() / pairs if pairs else 0.0
+        """Allowed pairs divided by all ``q_len * kv_len`` pairs, in [0, 1]; 0.0 where there is no pair.
+
+        Where heads or samples differ, over all of them.
+        """
+        parts = (self.heads or 1) * (self.samples or 1)
+        pairs = q_len * kv_len * parts
+        return self.flops(q_len, kv_len, 1, 0, q_start) / (2 * pairs) if pairs else 0.0
+
+    def flops(
+        self, q_len: int, kv_len: int, head_dim: int, v_dim: int | None = None, q_start: int | None = None
+    ) -> int:
+        """Operations of the two products over allowed pairs, ``2 (head_dim + v_dim)`` a pair.
+
+        Summed over the heads and samples that the pattern tells apart (one of each where all are alike).
+        """
+        heads, samples = range(self.heads or 1), range(self.samples or 1)
+        parts = Counter(self.of(head, sample) for sample in samples for head in heads)
+        pairs = sum(n * int(part.row_counts(q_len, kv_len, q_start).sum()) for part, n in parts.items())
+        return 2 * (head_dim + (head_dim if v_dim is None else v_dim)) * pairs
 
     def show(self, q_len: int = 24, kv_len: int | None = None, q_start: int | None = None) -> str:
         """A picture in text: one line a query, ``█`` for an allowed pair, ``·`` for a forbidden one."""
@@ -104,100 +189,36 @@ class Pattern(ABC):
         return "\n".join("".join("█" if x else "·" for x in row) for row in allowed.expand(q_len, kv_len).tolist())
 
     def __and__(self, other: Pattern) -> Pattern:
+        from regard.patterns.algebra import And
+
         return And(self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __or__(self, other: Pattern) -> Pattern:
+        from regard.patterns.algebra import Or
+
         return Or(self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __invert__(self) -> Pattern:
-        return self.part if isinstance(self, Not) else Not(self)
+        from regard.patterns.algebra import Not
+
+        return Not(self)
 
 
-@dataclass(frozen=True)
-class _Two(Pattern):
-    """Two patterns put together."""
-
-    left: Pattern
-    right: Pattern
-
-    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
-        """The cuts of both parts."""
-        return torch.cat([self.left.cuts(a, b), self.right.cuts(a, b)]).unique()
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-@dataclass(frozen=True)
-class And(_Two):
-    """Pairs that both parts allow."""
-
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
-        """``left & right``."""
-        return self.left.allows(q_idx, kv_idx, head, batch) & self.right.allows(q_idx, kv_idx, head, batch)
-
-    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
-        """``all`` is exact, ``any`` may hold too much: keys that each part allows, but never to one query."""
-        return _combine(self.left, self.right, q0, q1, kv_len, meet=True)
-
-
-@dataclass(frozen=True)
-class Or(_Two):
-    """Pairs that at least one part allows."""
-
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
-        """``left | right``."""
-        return self.left.allows(q_idx, kv_idx, head, batch) | self.right.allows(q_idx, kv_idx, head, batch)
-
-    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
-        """``any`` is exact, ``all`` may hold too little: keys that every query sees, through one part or the other."""
-        return _combine(self.left, self.right, q0, q1, kv_len, meet=False)
-
-
-@dataclass(frozen=True)
-class Not(Pattern):
-    """Pairs that the part forbids."""
-
-    part: Pattern
-
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
-        """``~part``."""
-        return ~self.part.allows(q_idx, kv_idx, head, batch)
-
-    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
-        """The cuts of the part."""
-        return self.part.cuts(a, b)
-
-    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
-        """``any`` is what ``all`` of the part leaves out, and the reverse."""
-        part = self.part.rows(q0, q1, kv_len)
-        if part is None:
-            return None
-        some, every = intervals.complement(part.all, kv_len), intervals.complement(part.any, kv_len)
-        return Rows(some, every, (part.exact[1], part.exact[0]))
-
-
-def _combine(left: Pattern, right: Pattern, q0: Tensor, q1: Tensor, kv_len: int, meet: bool) -> Rows | None:
-    a, b = left.rows(q0, q1, kv_len), right.rows(q0, q1, kv_len)
-    if a is None or b is None:
-        return None
-    join = intervals.intersect if meet else intervals.union
-    single = bool((q1 - q0 <= 1).all())
-    some_exact = a.exact[0] and b.exact[0] and (single or not meet)
-    every_exact = a.exact[1] and b.exact[1] and (single or meet)
-    return Rows(join(a.any, b.any, kv_len), join(a.all, b.all, kv_len), (some_exact, every_exact))
+def _blocks(pattern: Pattern, frame: st.Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``(counts of each row, key blocks, full)`` of a pattern that tells no heads apart, some rows at a time."""
+    if not frame.n_q or not frame.n_kv:
+        return np.zeros(frame.n_q, np.int64), np.zeros(0, np.int32), np.zeros(0, bool)
+    done = []
+    first, step = 0, 16  # the first rows tell how many there can be at once
+    while first < frame.n_q:
+        last = min(first + step, frame.n_q)
+        states = st.settle(pattern.states(frame, first, last), pattern, frame, first)
+        done.append(st.expand(states))
+        step = max(1, min(CELLS * (last - first) // max(len(states.at), 1), 4 * step))
+        first = last
+    counts, indices, full = (_joined(list(column)) for column in zip(*done, strict=True))
+    return counts, indices, full
