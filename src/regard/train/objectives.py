@@ -1,0 +1,145 @@
+"""Training objectives: likelihood and masked diffusion, over any model that maps token ids to logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regard.patterns import Pattern
+
+__all__ = ["Corrupted", "corrupt_blockwise", "corrupt_uniform", "likelihood", "masked_diffusion"]
+
+LEAST = 1e-3  # of the noise level t
+
+
+def likelihood(model: nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
+    """Mean of ``-log p(x_p | x_<p)`` over the tokens p >= 1, nats."""
+    logits = model(ids)[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Sequences and what noise made of them.
+
+    Attributes:
+        clean: the tokens ``[batch, length]``.
+        noisy: the tokens with some replaced by the mask token.
+        masked: which were.
+        weight: what predicting each masked token counts, 0 where not masked; so chosen that the loss is comparable at
+            every noise level.
+    """
+
+    clean: Int[Tensor, "batch length"]
+    noisy: Int[Tensor, "batch length"]
+    masked: Bool[Tensor, "batch length"]
+    weight: Float[Tensor, "batch length"]
+
+
+def corrupt_uniform(
+    ids: Int[Tensor, "batch length"], mask_id: int, generator: torch.Generator, *, least: float | int = LEAST
+) -> Corrupted:
+    """Each token masked by itself with probability ``t ~ U(least, 1)``, one t a sequence; a masked one counts 1/t.
+
+    Args:
+        ids: tokens; the generator's device must be theirs or the CPU.
+        mask_id: the id of the mask token.
+        generator: of t and of what is masked.
+        least: of t, in (0, 1).
+    """
+    _check_least(least)
+    t = least + (1 - least) * _rand((len(ids), 1), generator, ids.device)
+    masked = _rand(tuple(ids.shape), generator, ids.device) < t
+    return Corrupted(ids, ids.masked_fill(masked, mask_id), masked, masked / t)
+
+
+def corrupt_blockwise(
+    ids: Int[Tensor, "batch length"],
+    mask_id: int,
+    generator: torch.Generator,
+    *,
+    block: int = 16,
+    half_life: float | int | None = 0.25,
+    least: float | int = LEAST,
+) -> Corrupted:
+    """A noise level for each block, a fixed number of masked tokens, late ones first (arXiv 2512.14067).
+
+    In every block of P tokens (the last may be shorter) ``t ~ U(least, 1)`` and exactly ``k = round(t P)`` tokens are
+    masked, drawn without replacement with weights ``w_i = exp(beta (1 - t) i)`` over the places i = 0..P-1,
+    ``beta = ln 2 / (half_life P)``: with little noise left it is the end of the block that is unknown, as in decoding.
+    Drawn as the k largest of ``log w_i + Gumbel``. A masked token counts ``P / k``; a block with k = 0 counts nothing.
+
+    Args:
+        ids: tokens; the generator's device must be theirs or the CPU.
+        mask_id: the id of the mask token.
+        generator: of t and of what is masked.
+        block: P.
+        half_life: as a share of P, over which the weight doubles at t = 0; None draws all places alike.
+        least: of t, in (0, 1).
+    """
+    _check_least(least)
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    if half_life is not None and not half_life > 0:
+        raise ValueError(f"half_life must be above 0, or None for equal weights, got {half_life}")
+    batch, length = ids.shape
+    blocks = -(-length // block)
+    place = torch.arange(blocks * block, device=ids.device).reshape(blocks, block)
+    there = place < length
+    size = there.sum(1)
+    t = least + (1 - least) * _rand((batch, blocks, 1), generator, ids.device)
+    count = (t * size[:, None]).round()
+    beta = 0.0 if half_life is None else math.log(2) / (half_life * block)
+    gumbel = -torch.log(-torch.log(_rand((batch, blocks, block), generator, ids.device).clamp(1e-20, 1 - 1e-7)))
+    score = (beta * (1 - t) * torch.arange(block, device=ids.device) + gumbel).masked_fill(~there, -torch.inf)
+    rank = score.argsort(-1, descending=True).argsort(-1)
+    masked = rank < count
+    weight = torch.where(masked, size[:, None] / count.clamp(min=1), 0.0)
+    masked, weight = masked.flatten(1)[:, :length], weight.flatten(1)[:, :length]
+    return Corrupted(ids, ids.masked_fill(masked, mask_id), masked, weight)
+
+
+def masked_diffusion(
+    pattern: Pattern | Callable[[int], Pattern] | None, *, clean_context: bool = False
+) -> Callable[[nn.Module, Corrupted], Tensor]:
+    """The loss of a masked diffusion model: ``sum_p weight_p CE(logits_p, x_p) / (batch length)``, no shift, nats.
+
+    Each position predicts its own token. With ``clean_context`` the model reads ``[noisy; clean]``, both halves with
+    the positions 0..length-1, and the loss is on the first half; the pattern (`regard.patterns.BlockDiffusion`) keeps
+    each noisy block from seeing its own clean tokens. Corrupt with `corrupt_uniform` or `corrupt_blockwise`.
+
+    Args:
+        pattern: of what the model reads, or a function that gives it for the length of a sequence; None: the
+            model's own.
+        clean_context: whether the clean sequence is read too.
+
+    Returns:
+        A loss of a model (called as ``model(ids, pattern=, positions=)``) and a `Corrupted` batch.
+    """
+
+    def loss(model: nn.Module, batch: Corrupted) -> Tensor:
+        rows, length = batch.clean.shape
+        met = pattern if pattern is None or isinstance(pattern, Pattern) else pattern(length)
+        if clean_context:
+            positions = torch.arange(length, device=batch.clean.device).repeat(2)
+            logits = model(torch.cat([batch.noisy, batch.clean], 1), pattern=met, positions=positions)[:, :length]
+        else:
+            logits = model(batch.noisy, pattern=met)
+        each = nn.functional.cross_entropy(logits[batch.masked].float(), batch.clean[batch.masked], reduction="none")
+        return (each * batch.weight[batch.masked]).sum() / (rows * length)
+
+    return loss
+
+
+def _rand(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+def _check_least(least: float | int) -> None:
+    if not 0 < least < 1:
+        raise ValueError(f"least must be in (0, 1), got {least}")
