@@ -105,7 +105,8 @@ def test_information_contribution_sums_layers(watched):
         )
         np.testing.assert_allclose(running.isel(sample=b).values, want, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(found.isel(sample=b).values, want[-1], rtol=1e-5, atol=1e-7)
-    pooled = atlas.measure("information_contribution", documents=DOCUMENTS)
+    pooled = atlas.measure("information_contribution")
+    assert pooled["k_group"].values.tolist() == list(DOCUMENTS)
     rows = np.array([len(s["answer"]) for s in GROUPS], dtype=float)
     np.testing.assert_allclose(pooled.values, (found.values * rows[:, None]).sum(0) / rows.sum(), rtol=1e-5)
 

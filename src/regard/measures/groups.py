@@ -41,7 +41,7 @@ def group_mass(atlas: Atlas, rows: str | None = None, keys: str | None = None, b
 )
 def information_contribution(
     atlas: Atlas,
-    documents: Sequence[str],
+    documents: Sequence[str] | None = None,
     rows: str = "answer",
     by_sample: bool = False,
     by_layer: bool = False,
@@ -53,15 +53,17 @@ def information_contribution(
 
     Args:
         atlas: as for `group_mass`.
-        documents: the groups of keys that are documents.
+        documents: the groups of keys that are documents; None: all named groups but that of the rows.
         rows: the group of rows that write the answer.
         by_sample: one figure a sample, from `group_raw`.
         by_layer: the running sum after each layer, [layer, ...], instead of the last one.
     """
-    if isinstance(documents, str) or not documents:
-        raise AtlasError(f"documents: must be the names of one or more groups of keys, got {documents!r}")
     mass = group_mass(atlas, rows=rows, by_sample=by_sample).mean("head", skipna=True)
     known = mass["k_group"].values.tolist()
+    if documents is None:
+        documents = [d for d in known if d not in ("first", rows)]
+    if isinstance(documents, str) or not documents:
+        raise AtlasError(f"documents: must be the names of one or more groups of keys, got {documents!r}")
     if unknown := [d for d in documents if d not in known]:
         raise AtlasError(f"documents: no group {', '.join(unknown)} in this atlas; there are {', '.join(known)}")
     total = mass.sel(k_group=list(documents)).cumsum("layer", skipna=False).assign_coords(layer=mass["layer"])
