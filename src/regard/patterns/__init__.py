@@ -4,24 +4,36 @@ from regard.patterns.algebra import And, Not, Or, PerHead, PerSample, per_head, 
 from regard.patterns.axes import Congruent, Neighborhood1d, Same
 from regard.patterns.diagonals import Diagonals, Dilated, Strided
 from regard.patterns.grid import Grid, Neighborhood
+from regard.patterns.hops import HopWindow
 from regard.patterns.layout import BlockLayout
 from regard.patterns.order import Order, TileOrder
 from regard.patterns.pattern import Pattern
-from regard.patterns.segments import BlockCausal, Blocks, Segments
+from regard.patterns.power import BlockWindow, DilatedBlocks, LongNet, PowerOfTwo, StrideSlash
+from regard.patterns.radial import Radial
+from regard.patterns.rings import RingOrder, Rings, concentric_causal, ring_count, ring_positions
+from regard.patterns.sections import BlockDiffusion, Sections
+from regard.patterns.segments import BlockCausal, Blocks, Segments, StepCausal
+from regard.patterns.shapes import Arrow, Plus
 from regard.patterns.static import Causal, Columns, Full, Prefix, Queries, Sinks, StaticPattern, Window
 
 __all__ = [
     "And",
+    "Arrow",
     "BlockCausal",
+    "BlockDiffusion",
     "BlockLayout",
+    "BlockWindow",
     "Blocks",
     "Causal",
     "Columns",
     "Congruent",
     "Diagonals",
     "Dilated",
+    "DilatedBlocks",
     "Full",
     "Grid",
+    "HopWindow",
+    "LongNet",
     "Neighborhood",
     "Neighborhood1d",
     "Not",
@@ -30,15 +42,26 @@ __all__ = [
     "Pattern",
     "PerHead",
     "PerSample",
+    "Plus",
+    "PowerOfTwo",
     "Prefix",
     "Queries",
+    "Radial",
+    "RingOrder",
+    "Rings",
     "Same",
+    "Sections",
     "Segments",
     "Sinks",
     "StaticPattern",
+    "StepCausal",
+    "StrideSlash",
     "Strided",
     "TileOrder",
     "Window",
+    "concentric_causal",
     "per_head",
     "per_sample",
+    "ring_count",
+    "ring_positions",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -14,7 +15,7 @@ from regard.patterns import intervals as iv
 from regard.patterns.pattern import Rows, resolve_q_start
 from regard.patterns.static import Allowed, Index, StaticPattern, multiples, need_bool, need_int, one_interval
 
-__all__ = ["BlockCausal", "Blocks", "Segments"]
+__all__ = ["BlockCausal", "Blocks", "Segments", "StepCausal"]
 
 
 class Segments(StaticPattern):
@@ -202,4 +203,49 @@ class BlockCausal(StaticPattern):
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows:
         """``[0, (I+1)P)``, I the run's block; strict ``[0, IP)``."""
         keys = one_interval(0, (q0 // self.P + (not self.strict)) * self.P, kv_len, q0)
+        return Rows(keys, keys)
+
+
+@dataclass(frozen=True)
+class StepCausal(StaticPattern):
+    """Causal over steps of any length, all-to-all inside: ``step(k) <= step(q)``; with ``strict`` earlier steps only.
+
+    As next-scale image models decode (VAR, arXiv 2404.02905), and `Rings` in `RingOrder`. Positions from the last
+    bound on are one step more.
+
+    Attributes:
+        bounds: 0, then the end of each step, strictly ascending.
+        strict: leave out the query's own step.
+    """
+
+    bounds: tuple[int, ...]
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        bounds = tuple(int(x) for x in self.bounds)
+        if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(f"bounds must be integers that start with 0 and ascend strictly, got {self.bounds!r}")
+        object.__setattr__(self, "bounds", bounds)
+        need_bool("strict", self.strict)
+
+    @cached_property
+    def _step(self) -> Tensor:
+        ends = torch.tensor(self.bounds)
+        return torch.arange(len(ends)).repeat_interleave(torch.cat([ends[1:] - ends[:-1], ends.new_ones(1)]))
+
+    def _step_of(self, idx: Tensor) -> Tensor:
+        return self._step.to(idx.device)[idx.clamp(0, self.bounds[-1]).long()]
+
+    def allows(self, q_idx: Index, kv_idx: Index, head: Tensor | None = None, batch: Tensor | None = None) -> Allowed:
+        """``step(k) <= step(q)`` (``<`` with ``strict``)."""
+        return self._step_of(kv_idx) < self._step_of(q_idx) + (not self.strict)
+
+    def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
+        """The bounds."""
+        return torch.tensor([x for x in self.bounds if a < x < b], dtype=torch.long)
+
+    def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows:
+        """``[0, end of the run's step)``; strict ``[0, start of it)``."""
+        ends = torch.tensor([*self.bounds, max(kv_len, self.bounds[-1])], device=q0.device)
+        keys = one_interval(0, ends[self._step_of(q0) + (not self.strict)], kv_len, q0)
         return Rows(keys, keys)
