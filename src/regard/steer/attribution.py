@@ -24,7 +24,7 @@ from regard.watch.session import Session
 from regard.watch.site import Site
 from regard.watch.trace import trace
 
-__all__ = ["grad_shap", "grad_x_input", "integrated_gradients", "lime", "occlusion"]
+__all__ = ["grad_shap", "grad_x_input", "integrated_gradients", "lime", "occlusion", "valid_tokens"]
 
 EMBED = Site(None, "embed")
 
@@ -156,7 +156,7 @@ def lime(
     batch, length = x.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     keep = (torch.rand(samples, batch, length, generator=generator) < 0.5).to(x.device)
-    valid = _valid(inputs, batch, length)
+    valid = valid_tokens(inputs, batch, length)
     keep = keep if valid is None else keep & valid
     values = _masked(model, inputs, metric, x, away, keep, chunk, anatomy).double()
     out = torch.zeros(batch, length, dtype=torch.float64, device=x.device)
@@ -215,7 +215,8 @@ def _masked(
     return torch.stack(found)
 
 
-def _valid(inputs: Any, batch: int, length: int) -> Bool[Tensor, "batch length"] | None:
+def valid_tokens(inputs: Any, batch: int, length: int) -> Bool[Tensor, "batch length"] | None:
+    """False for padding, where the inputs hold an attention mask that says so."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.shape == (batch, length) else None
 
@@ -226,5 +227,5 @@ def _scores(x: Tensor, inputs: Any) -> Float[Tensor, "batch length"]:
 
 def _silent(scores: Float[Tensor, "batch length"], inputs: Any) -> Float[Tensor, "batch length"]:
     """Scores with 0 at padding."""
-    valid = _valid(inputs, *scores.shape)
+    valid = valid_tokens(inputs, *scores.shape)
     return scores if valid is None else scores.masked_fill(~valid, 0)

@@ -11,6 +11,18 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from regard.steer.ranks import ranks, spearman
+
+__all__ = [
+    "bootstrap",
+    "local_maxima",
+    "paired_difference",
+    "random_equal",
+    "ranks",
+    "shift_test",
+    "spearman",
+]
+
 Floats = NDArray[np.float64]
 Item = TypeVar("Item", bound=Hashable)
 
@@ -44,27 +56,6 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2000, seed: in
         raise ValueError(f"a and b must be measured on the same items, got shapes {first.shape} and {second.shape}")
     difference = first - second
     return float(difference.mean()), *bootstrap(difference, draws=draws, seed=seed)
-
-
-def ranks(values: ArrayLike) -> Floats:
-    """Ranks from 1, equal values sharing the mean of their ranks."""
-    array = np.asarray(values, dtype=np.float64)
-    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((2 * last - counts + 1) / 2)[inverse]
-
-
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's rank correlation; NaN where one side is constant."""
-    first, second = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
-    if first.shape != second.shape or len(first) < 2:
-        raise ValueError(f"a and b need the same number of values, at least 2, got {first.shape} and {second.shape}")
-    if np.isnan(first).any() or np.isnan(second).any():
-        raise ValueError("a and b must not hold NaN")
-    x, y = ranks(first), ranks(second)
-    x, y = x - x.mean(), y - y.mean()
-    size = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / size) if size > 0 else float("nan")
 
 
 def shift_test(

@@ -1,0 +1,102 @@
+"""Do token scores say what the model uses? Soft sufficiency and comprehensiveness (Zhao & Aletras, 2305.10496)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regard.steer.attribution import EMBED, valid_tokens
+from regard.watch.anatomy import Anatomy
+from regard.watch.edits import Edit
+from regard.watch.places import find_logits
+from regard.watch.probe import run
+from regard.watch.scan import stack
+from regard.watch.session import Session
+from regard.watch.trace import trace
+
+__all__ = ["Faithfulness", "hellinger", "soft_faithfulness"]
+
+
+class Faithfulness(NamedTuple):
+    """Normalised soft sufficiency and comprehensiveness, one a sample; larger is more faithful."""
+
+    sufficiency: Float[Tensor, "batch"]
+    comprehensiveness: Float[Tensor, "batch"]
+
+
+def hellinger(p: Float[Tensor, "*rows n"], q: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
+    """Hellinger distance of two distributions, `sqrt(sum (sqrt p - sqrt q)^2 / 2)`, in [0, 1]."""
+    return ((p.sqrt() - q.sqrt()).square().sum(-1) / 2).sqrt()
+
+
+@torch.no_grad()
+def soft_faithfulness(
+    model: nn.Module,
+    inputs: Any,
+    scores: Float[Tensor, "batch length"],
+    *,
+    pos: int | Int[Tensor, "batch"] = -1,
+    masks: int = 20,
+    seed: int = 0,
+    chunk: int = 10,
+    anatomy: Anatomy | None = None,
+) -> Faithfulness:
+    """How far the output distribution moves when embeddings are dropped in proportion to the scores.
+
+    Scores are scaled to [0, 1] in each sample. Every element of token t's embedding is kept with probability a_t
+    (sufficiency) or 1 - a_t (comprehensiveness), H is the mean Hellinger distance over `masks` draws to the whole
+    model's distribution at `pos`: `S = 1 - H_suff`, S0 the same with all embeddings zero,
+    `sufficiency = max(0, S - S0) / (1 - S0)`, `comprehensiveness = H_comp / (1 - S0)`.
+
+    Args:
+        scores: larger is more important; padding is left as it is.
+        pos: the column whose distribution is read, or one a sample; unused for logits [batch, classes].
+
+    Returns:
+        NaN where dropping everything does not move the distribution.
+    """
+    if masks < 1:
+        raise ValueError(f"masks must be >= 1, got {masks}")
+    x = trace(model, inputs, EMBED, anatomy=anatomy)[EMBED]
+    batch, length = x.shape[:2]
+    if tuple(scores.shape) != (batch, length):
+        raise ValueError(f"scores must be [batch, length] = {[batch, length]}, got {list(scores.shape)}")
+    valid = valid_tokens(inputs, batch, length)
+    real = torch.ones(batch, length, dtype=torch.bool, device=x.device) if valid is None else valid
+    low = scores.masked_fill(~real, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    a = torch.where(real & (high > low), (scores - low) / (high - low), 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.rand(x.shape, generator=generator).to(x) for _ in range(masks)]
+    at = torch.as_tensor(pos, device=x.device).expand(batch)
+
+    def moved(values: list[Tensor]) -> Tensor:
+        """Mean Hellinger distance to the whole model's distribution over these embeddings."""
+        total = torch.zeros(batch, device=x.device)
+        for begin in range(0, len(values), chunk):
+            some = values[begin : begin + chunk]
+            edit = [(Edit(EMBED, "set", value=torch.cat(some)), None)]
+            with Session(model, edit, parts=anatomy, inputs=inputs):
+                logits = find_logits(run(model, stack(inputs, len(some), batch)))[0]
+            for part in logits.split(batch):
+                total += hellinger(plain, _distribution(part, at)).to(total)
+        return total / len(values)
+
+    with Session(model, parts=anatomy, inputs=inputs):
+        plain = _distribution(find_logits(run(model, inputs))[0], at)
+    kept = real[..., None]
+    suff = moved([torch.where(kept & (u >= a[..., None]), 0.0, x) for u in draws])
+    comp = moved([torch.where(kept & (u < a[..., None]), 0.0, x) for u in draws])
+    most = moved([torch.where(kept, 0.0, x)])  # 1 - S0
+    most = torch.where(most > 0, most, torch.nan)
+    return Faithfulness((most - suff).clamp_min(0) / most, comp / most)
+
+
+def _distribution(logits: Tensor, at: Int[Tensor, "batch"]) -> Float[Tensor, "batch vocab"]:
+    wide = logits.float() if logits.dtype != torch.float64 else logits
+    if wide.ndim == 3:
+        wide = wide[torch.arange(len(wide), device=wide.device), at]
+    return wide.softmax(-1)
