@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regard.watch.anatomy import anatomy as anatomy
     from regard.watch.atlas import Atlas as Atlas
     from regard.watch.atlas import load_atlas as load_atlas
+    from regard.watch.attend_with import attend_with as attend_with
     from regard.watch.intervene import Edit as Edit
     from regard.watch.intervene import Site as Site
     from regard.watch.intervene import intervene as intervene
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "attend": "regard.kernels.attend:attend",
+    "attend_with": "regard.watch.attend_with:attend_with",
     "Atlas": "regard.watch.atlas:Atlas",
     "load_atlas": "regard.watch.atlas:load_atlas",
     "roles": "regard.measures.roles:roles",

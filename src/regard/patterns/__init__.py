@@ -15,6 +15,7 @@ from regard.patterns.sections import BlockDiffusion, Sections
 from regard.patterns.segments import BlockCausal, Blocks, Segments, StepCausal
 from regard.patterns.shapes import Arrow, Plus
 from regard.patterns.static import Causal, Columns, Full, Prefix, Queries, Sinks, StaticPattern, Window
+from regard.patterns.within import Within
 
 __all__ = [
     "And",
@@ -59,6 +60,7 @@ __all__ = [
     "Strided",
     "TileOrder",
     "Window",
+    "Within",
     "concentric_causal",
     "per_head",
     "per_sample",

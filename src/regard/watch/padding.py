@@ -71,7 +71,7 @@ def row_mask(call: Call) -> Bool[Tensor, "batch q_len"]:
     """Rows that are no padding and may see some key."""
     batch, q_len = call.q.shape[0], call.q.shape[2]
     keep = torch.ones(batch, q_len, dtype=torch.bool, device=call.q.device)
-    padding = _padding(call, "rows")
+    padding = padding_of(call, "rows")
     if padding is not None:
         keep &= _at(padding, call.positions.q, batch)
     if call.mask is not None:
@@ -90,7 +90,7 @@ def key_mask(call: Call) -> Bool[Tensor, "batch kv_len"]:
     batch, kv_len = call.q.shape[0], call.k.shape[2]
     where = call.positions
     keep = (where.kv < where.total).expand(batch, kv_len).clone()
-    padding = _padding(call, "keys")
+    padding = padding_of(call, "keys")
     if padding is not None:
         keep &= _at(padding, where.kv, batch)
     elif call.mask is not None:
@@ -107,7 +107,7 @@ def _at(padding: Bool[Tensor, "n length"], positions: Tensor, batch: int) -> Boo
     return picked
 
 
-def _padding(call: Call, side: str) -> Bool[Tensor, "n length"] | None:
+def padding_of(call: Call, side: str) -> Bool[Tensor, "n length"] | None:
     """The padding mask of the queries' or the keys' sequence as True for tokens; None when nothing states one."""
     found = _stated(call, side)
     if found is None:
