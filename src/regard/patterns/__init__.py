@@ -15,6 +15,8 @@ from regard.patterns.sections import BlockDiffusion, Sections
 from regard.patterns.segments import BlockCausal, Blocks, Segments, StepCausal
 from regard.patterns.shapes import Arrow, Plus
 from regard.patterns.static import Causal, Columns, Full, Prefix, Queries, Sinks, StaticPattern, Window
+from regard.patterns.tile_cost import TileCost, best_strides, best_tiles, end_to_end, tile_cost
+from regard.patterns.tiled import Tiled
 from regard.patterns.within import Within
 
 __all__ = [
@@ -58,12 +60,18 @@ __all__ = [
     "StepCausal",
     "StrideSlash",
     "Strided",
+    "TileCost",
     "TileOrder",
+    "Tiled",
     "Window",
     "Within",
+    "best_strides",
+    "best_tiles",
     "concentric_causal",
+    "end_to_end",
     "per_head",
     "per_sample",
     "ring_count",
     "ring_positions",
+    "tile_cost",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from regard.patterns import intervals as iv
 from regard.patterns.diagonals import Diagonals
-from regard.patterns.pattern import Pattern, Rows
-from regard.patterns.static import Full, StaticPattern, Window
+from regard.patterns.pattern import Pattern, Rows, resolve_q_start
+from regard.patterns.static import Allowed, Full, Index, StaticPattern, Window, need_bool, need_int
 
 __all__ = ["Congruent", "Neighborhood1d", "Same"]
 
@@ -20,13 +20,7 @@ __all__ = ["Congruent", "Neighborhood1d", "Same"]
 class Same(StaticPattern):
     """``k == q``: along this axis a query meets its own coordinate only."""
 
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
+    def allows(self, q_idx: Index, kv_idx: Index, head: Tensor | None = None, batch: Tensor | None = None) -> Allowed:
         """``k == q``."""
         return q_idx == kv_idx
 
@@ -42,7 +36,7 @@ class Congruent(StaticPattern):
     period: int
 
     def __post_init__(self) -> None:
-        Diagonals(self.period, 0, causal=False)  # checks period
+        need_int("period", self.period, 1)
 
     @property
     def groups(self) -> int:
@@ -53,13 +47,7 @@ class Congruent(StaticPattern):
         """The pattern inside the coordinates of one residue, and how many they are on an axis of `length`."""
         return Full(), -(-(length - residue) // self.period)
 
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
+    def allows(self, q_idx: Index, kv_idx: Index, head: Tensor | None = None, batch: Tensor | None = None) -> Allowed:
         """``(q - k) mod period == 0``."""
         return torch.remainder(q_idx - kv_idx, self.period) == 0
 
@@ -94,9 +82,9 @@ class Neighborhood1d(StaticPattern):
     causal: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("length", self.length), ("window", self.window), ("dilation", self.dilation)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        for name in ("length", "window", "dilation"):
+            need_int(name, getattr(self, name), 1)
+        need_bool("causal", self.causal)
         if self.window * self.dilation > self.length:
             raise ValueError(
                 f"window * dilation must be <= length, the axis's {self.length} coordinates, "
@@ -128,13 +116,7 @@ class Neighborhood1d(StaticPattern):
         lo = torch.minimum((leader - w // 2).clamp(min=0), n - w)
         return lo, lo + w
 
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
+    def allows(self, q_idx: Index, kv_idx: Index, head: Tensor | None = None, batch: Tensor | None = None) -> Allowed:
         """``lo(q) <= k < hi(q)``, and equal residues where dilated."""
         lo, hi = self.bounds(q_idx)
         if self.dilation == 1:
@@ -142,12 +124,13 @@ class Neighborhood1d(StaticPattern):
         k = kv_idx // self.dilation
         return (k >= lo) & (k < hi) & ((q_idx - kv_idx) % self.dilation == 0)
 
-    def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
+    def fits(self, q_len: int, kv_len: int, q_start: int | None = None) -> None:
         """Refuse other lengths than the axis's own."""
-        if (q_len, kv_len, q_start) != (self.length, self.length, 0):
+        start = resolve_q_start(q_len, kv_len, q_start)
+        if (q_len, kv_len, start) != (self.length, self.length, 0):
             raise ValueError(
                 f"Neighborhood1d of length {self.length} needs q_len = kv_len = {self.length} and q_start = 0, "
-                f"got q_len={q_len}, kv_len={kv_len}, q_start={q_start}"
+                f"got q_len={q_len}, kv_len={kv_len}, q_start={start}"
             )
 
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows:

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from regard.patterns import intervals as iv
@@ -16,6 +16,7 @@ from regard.patterns.axes import Neighborhood1d
 from regard.patterns.boxes import axis_rows, flat_intervals, run_boxes
 from regard.patterns.order import per_axis
 from regard.patterns.pattern import Pattern, Rows, resolve_q_start
+from regard.patterns.static import Allowed, Index
 
 if TYPE_CHECKING:
     from regard.patterns.tiled import Tiled
@@ -56,13 +57,7 @@ class Grid(Pattern):
         object.__setattr__(self, "axes", tuple(axes))
         object.__setattr__(self, "shape", sides)
 
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
+    def allows(self, q_idx: Index, kv_idx: Index, head: Tensor | None = None, batch: Tensor | None = None) -> Allowed:
         """Whether every axis allows the pair's coordinates."""
         allowed, step = None, 1
         for d in reversed(range(len(self.axes))):
@@ -75,13 +70,14 @@ class Grid(Pattern):
         assert allowed is not None
         return allowed
 
-    def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
+    def fits(self, q_len: int, kv_len: int, q_start: int | None = None) -> None:
         """Refuse other lengths than the grid's."""
         n = prod(self.shape)
-        if (q_len, kv_len, q_start) != (n, n, 0):
+        start = resolve_q_start(q_len, kv_len, q_start)
+        if (q_len, kv_len, start) != (n, n, 0):
             raise ValueError(
                 f"a grid of shape {self.shape} needs q_len = kv_len = {n} and q_start = 0, "
-                f"got q_len={q_len}, kv_len={kv_len}, q_start={q_start}"
+                f"got q_len={q_len}, kv_len={kv_len}, q_start={start}"
             )
 
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
@@ -116,7 +112,7 @@ class Grid(Pattern):
 
     def row_counts(self, q_len: int, kv_len: int, q_start: int | None = None) -> Int[Tensor, "{q_len}"]:
         """Keys of each query: the product of its keys along the axes."""
-        self.fits(q_len, kv_len, resolve_q_start(q_len, kv_len, q_start))
+        self.fits(q_len, kv_len, q_start)
         counts = torch.ones(1, dtype=torch.long)
         for axis, n in zip(self.axes, self.shape, strict=True):
             counts = (counts[:, None] * axis.row_counts(n, n, 0)).flatten()
@@ -133,6 +129,14 @@ class Grid(Pattern):
         axes = len(self.axes)
         q_sides = per_axis("q_tile", q_tile, axes)
         return tile(self, q_sides, q_sides if kv_tile is None else per_axis("kv_tile", kv_tile, axes))
+
+    def best_tiles(
+        self, q_block: int = 128, kv_block: int = 128, overhead: int = 0
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sides (q_tile, kv_tile), of at most so many tokens, that compute the fewest pairs: see `best_tiles`."""
+        from regard.patterns.tile_cost import best_tiles
+
+        return best_tiles(self, q_block, kv_block, overhead)
 
 
 @dataclass(frozen=True, init=False)

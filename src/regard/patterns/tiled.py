@@ -16,7 +16,7 @@ from regard.patterns.layout import BlockLayout
 from regard.patterns.order import TileOrder
 from regard.patterns.pattern import Pattern
 
-__all__ = ["AxisTiles", "Tiled", "axis_tiles", "tile"]
+__all__ = ["AxisTiles", "Tiled", "axis_groups", "axis_tiles", "tile"]
 
 CHUNK = 1 << 16  # listed blocks worked on at once
 
@@ -77,20 +77,27 @@ class Tiled:
         return self.grid.axes[d].allows(q.clamp(min=0), k.clamp(min=0)) & (q >= 0) & (k >= 0)
 
 
-def axis_tiles(axis: Pattern, length: int, q_side: int, kv_side: int) -> AxisTiles:
-    """The layout of one axis over its tiles; axes with groups are block diagonal over them."""
+def axis_groups(axis: Pattern, length: int) -> list[tuple[Pattern, int]]:
+    """The parts of an axis that never meet, as patterns of their own with their lengths; one where all may meet."""
+    groups = min(getattr(axis, "groups", 1), length)
+    return [axis.group(length, r) for r in range(groups)] if groups > 1 else [(axis, length)]  # type: ignore[attr-defined]
+
+
+def axis_tiles(axis: Pattern, length: int, q_side: int, kv_side: int, padding: bool = True) -> AxisTiles:
+    """The layout of one axis over its tiles; axes with groups are block diagonal over them.
+
+    With `padding` a tile with padded keys is partial; without, tiles are judged on the keys that exist.
+    """
     parts: dict[int, AxisTiles] = {}
     sequence = []
-    groups = getattr(axis, "groups", 1)
-    for residue in range(min(groups, length)):
-        inner, n = axis.group(length, residue) if groups > 1 else (axis, length)  # type: ignore[attr-defined]
+    for inner, n in axis_groups(axis, length):
         if n not in parts:
             found = inner.layout(n, n, (q_side, kv_side), 0)
             last = -(-n // kv_side) - 1
-            full = found.full & (found.indices != last) if n % kv_side else found.full  # padded keys
+            full = found.full & (found.indices != last) if padding and n % kv_side else found.full
             parts[n] = AxisTiles(found.indptr, found.indices, full, last + 1)
         sequence.append(parts[n])
-    return sequence[0] if groups == 1 else _diagonal(sequence)
+    return sequence[0] if len(sequence) == 1 else _diagonal(sequence)
 
 
 def _diagonal(parts: list[AxisTiles]) -> AxisTiles:
