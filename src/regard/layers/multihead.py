@@ -163,7 +163,7 @@ class MultiHead(nn.Module):
             return_lse=self.weigh is not None,
             backend=self.backend,
         )
-        z = given if self.weigh is None else self.weigh(*given, q, v, n, x)
+        z: Any = given if self.weigh is None else self.weigh(*given, q, v, n, x)
         z = self._gated("z", x, z)
         if self.mixer is not None:
             z = self.mixer(z, x)

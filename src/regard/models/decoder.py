@@ -157,8 +157,16 @@ class Decoder(nn.Module):
         return self.head(self.hidden(ids, pattern=pattern, positions=positions, state=state))
 
     def new_state(self) -> State:
-        """An empty state for every layer; a layer that keeps none refuses."""
-        return [block.attention.new_state() for block in self.blocks]
+        """An empty state for every layer.
+
+        Raises:
+            ValueError: a layer keeps none.
+        """
+        layers: list[Any] = [block.attention for block in self.blocks]
+        for i, layer in enumerate(layers):
+            if not hasattr(layer, "new_state"):
+                raise ValueError(f"state must be None: {type(layer).__name__} of block {i} keeps no state to step with")
+        return [layer.new_state() for layer in layers]
 
     @classmethod
     def from_llama(cls, model: Any) -> Decoder:

@@ -106,8 +106,8 @@ def generate_blocks(
             logits[..., mask_id] = -torch.inf
             token, sure = _pick(logits, temperature, generator)
             sure = sure.masked_fill(~unknown, -1.0)
-            shown = (sure > threshold) | (sure == sure.amax(1, keepdim=True))
-            shown &= unknown
+            surest = torch.zeros_like(unknown).scatter(1, sure.argmax(1, keepdim=True), True)
+            shown = ((sure > threshold) | surest) & unknown
             here[shown] = token[shown]
             unknown = unknown & ~shown
         if lo + block < end:
