@@ -193,3 +193,19 @@ def test_a_failure_of_the_work_exits_with_1_without_a_traceback(run, model, text
     assert "Traceback" not in err
     with pytest.raises(ValueError, match="is not an atlas"):
         cli.main(["watch", str(model), "--debug", "--text", str(text), "-o", str(taken)])
+
+
+def test_scan_and_circuits(run, tmp_path):
+    code, out, _ = run("scan", "testbed:decoder", "--task", "repeated", "--prompts", "2", "--length", "40", "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["task"] == "repeated"
+    increases = [h["increase"] for h in record["heads"]]
+    assert increases == sorted(increases, reverse=True)
+    assert len(increases) == 48
+    code, out, _ = run("circuits", "testbed:decoder", "repeated", "repeated", "--prompts", "1", "--length", "40")
+    assert code == 0
+    assert "share 100% of their heads" in out
+    code, _, err = run("scan", "testbed:decoder", "--kind", "remove")
+    assert code == 2
+    assert "uniform" in err

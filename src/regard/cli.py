@@ -71,6 +71,8 @@ AtlasPath = Annotated[Path | None, typer.Option("--atlas", help="An atlas that r
 Findings = Annotated[Path, typer.Option("--out", "-o", help="Folder of your own findings.")]
 Tokens = Annotated[int | None, typer.Option(min=2, help="Watch only the first so many tokens of the text.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Masking = Annotated[str, typer.Option(help="How a head is taken out: zero, uniform, mean or resample.")]
+TaskLength = Annotated[int, typer.Option(min=8, help="Bytes of a needle's text; tokens of a repetition.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Nothing but JSON on stdout.")]
 Probe = Annotated[
@@ -227,6 +229,62 @@ def roles(
         _print_json(_roles_json(table))
     else:
         _print_roles(table)
+
+
+@app.command()
+def scan(
+    model: Model,
+    task: Annotated[str, typer.Option(help="needle or repeated.")] = "needle",
+    kind: Masking = "zero",
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts of the task.")] = 16,
+    length: TaskLength = 256,
+    top: Annotated[int, typer.Option(min=1, help="How many heads are printed.")] = 12,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every head's figures there, as JSON.")] = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Take every head out in turn and say what the task's answers then cost."""
+    found = _scan(_load(model, device), task, kind, prompts, length, seed)
+    record = _scan_json(found)
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        _print_json(record)
+        return
+    table = Table("layer", "head", "loss increase, nat", "95%", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for head in record["heads"][:top]:
+        low, high = head["interval"]
+        table.add_row(str(head["layer"]), str(head["head"]), _number(head["increase"]), f"{low:.3g} .. {high:.3g}")
+    _print_table(table)
+    print(f"{task}, {prompts} prompts, heads taken out by {kind!r}; the whole model's loss is {record['loss']:.3g} nat")
+
+
+@app.command()
+def circuits(
+    model: Model,
+    first: Annotated[str, typer.Argument(help="A task: needle or repeated.")] = "needle",
+    second: Annotated[str, typer.Argument(help="Another.")] = "repeated",
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of all heads that make up a circuit.")] = 0.2,
+    kind: Masking = "zero",
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts of each task.")] = 16,
+    length: TaskLength = 256,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """How many of the heads that one task needs another needs too."""
+    from regard.tasks.heads import overlap
+
+    loaded = _load(model, device)
+    a, b = (_scan(loaded, task, kind, prompts, length, seed) for task in (first, second))
+    record = {"tasks": [first, second], "kind": kind, "share": share, **overlap(a, b, share=share, seed=seed)}
+    if as_json:
+        _print_json(record)
+        return
+    shared = ", ".join(f"{layer}.{head}" for layer, head in record["shared"]) or "none"
+    print(f"{first} and {second} share {record['overlap']:.0%} of their heads: {shared}")
+    print(f"random circuits of this size share {record['chance']:.0%}, 1 % of them {record['chance_99']:.0%} or more")
 
 
 @app.command()
@@ -458,6 +516,51 @@ def _build_report(
     probes = _probes(loaded) if probe else None
     with _working(f"watching {text or image}"):
         return build_report(loaded.model, tokenizer, out=out, title=loaded.name, probes=probes, **source)
+
+
+def _scan(loaded: Any, task: str, kind: str, prompts: int, length: int, seed: int) -> Any:
+    from rich.progress import Progress
+
+    from regard.tasks.heads import TASKS, scan_heads
+    from regard.watch.heads import KINDS
+
+    for name, given, accepted in (("--task", task, TASKS), ("--kind", kind, KINDS)):
+        if given not in accepted:
+            raise typer.BadParameter(f"{given!r} is not one of {', '.join(accepted)}", param_hint=name)
+    if loaded.tokenizer is None:
+        raise typer.BadParameter(f"{loaded.name!r} has no tokenizer, so it takes no prompts", param_hint="MODEL")
+    with Progress(console=say, disable=not say.is_terminal, transient=True) as bar:
+        shown = bar.add_task(f"heads of {task}", total=None)
+        return scan_heads(
+            loaded,
+            task,
+            kind=kind,
+            prompts=prompts,
+            length=length,
+            seed=seed,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+        )
+
+
+def _scan_json(found: Any) -> dict[str, Any]:
+    """Every head's figures, the most needed first."""
+    import numpy as np
+
+    from regard.studies.evidence import bootstrap
+
+    heads: list[dict[str, Any]] = [
+        {
+            "layer": layer,
+            "head": head,
+            "increase": float(row.mean()),
+            "interval": bootstrap(row, seed=found.attrs["seed"]),
+        }
+        for layer, rows in enumerate(found.values)
+        for head, row in enumerate(rows)
+        if not np.isnan(row).any()
+    ]
+    heads.sort(key=lambda h: -h["increase"])
+    return {**found.attrs, "prompts": found.sizes["sample"], "loss": float(found.plain.mean()), "heads": heads}
 
 
 def _probes(loaded: Any) -> dict[str, Any]:

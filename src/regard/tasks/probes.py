@@ -33,6 +33,15 @@ def watch_needles(model: Any, needles: Sequence[Batch]) -> Atlas:
 
 def watch_repetition(loaded: Loaded, n: int, length: int, generator: torch.Generator) -> Atlas:
     """Watch a causal model read n random segments that repeat: an atlas for the measure `induction`."""
+    task = repeated_for(loaded, length)
+    with torch.no_grad(), watch(loaded.model, statistics=("relation",), tokens=False) as watched:
+        for batch in task.batch(n, generator):
+            loaded.model(input_ids=batch.input_ids.to(loaded.model.device), use_cache=False)
+    return watched.atlas
+
+
+def repeated_for(loaded: Loaded, length: int) -> RepeatedTokens:
+    """Segments of random tokens of this model that repeat, `length` tokens with the first one."""
     if is_bytes(loaded.tokenizer):
         bos, tokens = BOS, list(range(32, 127))  # printable
     else:
@@ -40,11 +49,7 @@ def watch_repetition(loaded: Loaded, n: int, length: int, generator: torch.Gener
         first = loaded.tokenizer.bos_token_id
         tokens = [i for i in range(len(loaded.tokenizer)) if i not in special]
         bos = tokens.pop() if first is None else first
-    task = RepeatedTokens(length, tokens, bos, (length // 8, length // 2 - 1))
-    with torch.no_grad(), watch(loaded.model, statistics=("relation",), tokens=False) as watched:
-        for batch in task.batch(n, generator):
-            loaded.model(input_ids=batch.input_ids.to(loaded.model.device), use_cache=False)
-    return watched.atlas
+    return RepeatedTokens(length, tokens, bos, (length // 8, length // 2 - 1))
 
 
 def probe(loaded: Loaded, *, n: int = 8, length: int = 256, seed: int = 0) -> dict[str, Atlas]:
