@@ -165,7 +165,7 @@ def test_drift_is_the_relative_change_of_each_matrix():
 def test_drift_of_what_cannot_be_compared_is_refused():
     net = nn.Linear(2, 2)
     before = weights(net)
-    with pytest.raises(ValueError, match="same parameters, they differ in .*bias"):
+    with pytest.raises(ValueError, match=r"same parameters, they differ in .*bias"):
         weight_drift(before, nn.Linear(2, 2, bias=False))
     with pytest.raises(ValueError, match="weight must keep its shape"):
         weight_drift({"weight": torch.ones(3, 2), "bias": torch.zeros(2)}, net)
