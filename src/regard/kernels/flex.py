@@ -1,0 +1,227 @@
+"""FlexAttention fed with our layouts: compiled once, masks looked up in tables.
+
+Instead of `create_block_mask`, which evaluates every pair, the blocks come from the pattern's layout, and the pairs of
+partial blocks from a table of the different masks among them. So one compiled kernel serves every pattern, and a
+pattern that changes with each batch (documents) compiles nothing. Grids run in tile order.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.kernels.normalize import Softmax
+from regard.kernels.partial import partial_tiles
+from regard.kernels.request import Request
+from regard.patterns.grid import Grid
+from regard.patterns.layout import BlockLayout
+from regard.patterns.order import TileOrder
+
+__all__ = ["BLOCK", "describe", "refuses", "run"]
+
+BLOCK = 128  # FlexAttention's own sparse block
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KEPT = 16  # prepared patterns
+
+
+def refuses(request: Request) -> str | None:
+    """Why FlexAttention cannot compute this exactly, or None."""
+    r = request
+    if not isinstance(r.normalize, Softmax):
+        return f"FlexAttention has the softmax alone, not {r.normalize}"
+    if r.q.dtype not in _CPU_DTYPES:
+        return f"FlexAttention computes in float32, bfloat16 and float16, not {r.q.dtype}"
+    if r.layout is not None and r.layout.block != (BLOCK, BLOCK):
+        return f"FlexAttention takes layouts in blocks of {BLOCK}, not {r.layout.block}; leave layout= out"
+    if r.q.device.type == "cpu":
+        return _refuses_on_cpu(r)
+    if r.q.device.type != "cuda":
+        return f"it is built for CPU and CUDA, not {r.q.device.type}"
+    if min(r.head_dim, r.v_dim) < 16 or max(r.head_dim, r.v_dim) > 256:
+        return f"on a GPU it takes widths of 16 to 256, not head_dim {r.head_dim} and v_dim {r.v_dim}"
+    if r.bias is not None and r.bias.requires_grad:
+        return "gradients of a bias go through its score function, which is slow and not exact in half precision"
+    if not _has_triton():
+        return "it compiles with Triton, which is not installed"
+    return None
+
+
+def _refuses_on_cpu(r: Request) -> str | None:
+    if r.needs_grad:
+        return "FlexAttention has no backward pass on a CPU"
+    if r.need_lse:
+        return "FlexAttention gives no lse on a CPU" + (", which a sink needs" if r.sink is not None else "")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        return f"it compiles C++ on a CPU, and there is no compiler ({compiler}, clang++)"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return f"on a CPU it needs AVX2, this one has {torch.backends.cpu.get_cpu_capability()}"
+    return None
+
+
+class _Prepared(NamedTuple):
+    """A pattern at given lengths, on the device, in FlexAttention's form."""
+
+    block_mask: Any
+    q_order: TileOrder | None
+    kv_order: TileOrder | None
+    layout: BlockLayout
+
+
+def run(request: Request) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse)`` by FlexAttention."""
+    r = request
+    made = _prepared(r)
+    q, k, v = r.q, r.k, r.v
+    if made.q_order is not None and made.kv_order is not None:
+        q, k, v = made.q_order.apply(q), made.kv_order.apply(k), made.kv_order.apply(v)
+    kwargs: dict[str, Any] = {
+        "score_mod": _score_mod(r.softcap, r.bias),
+        "block_mask": made.block_mask,
+        "scale": r.scale,
+        "enable_gqa": r.group > 1,
+    }
+    if not r.need_lse:
+        out, lse = _compiled(r.q.device.type)(q, k, v, **kwargs), None
+    elif _takes_aux():
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        out, aux = _compiled(r.q.device.type)(q, k, v, **kwargs, return_aux=AuxRequest(lse=True))
+        lse = aux.lse
+    else:
+        out, lse = _compiled(r.q.device.type)(q, k, v, **kwargs, return_lse=True)
+    if made.q_order is not None:
+        out = made.q_order.undo(out)
+        lse = None if lse is None else made.q_order.undo(lse, -1)
+    return out, lse
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """The layout it would run on; every pair of a listed block is computed."""
+    layout, grid = _layout(request)
+    order = "memory order" if grid is None else f"tiles of {'x'.join(map(str, grid.q_order.tile))}"
+    return {"layout": layout, "order": order}
+
+
+@cache
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
+
+
+@cache
+def _takes_aux() -> bool:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return "return_aux" in inspect.signature(flex_attention).parameters
+
+
+@cache
+def _compiled(device: str) -> Callable[..., Any]:
+    """FlexAttention compiled; every shape it meets counts as one more version, never as a reason to run unfused.
+
+    On a CPU each shape has its own version: its generated C++ does not stand open sizes.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False if device == "cpu" else None)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    most: dict[str, Any] = {limit: 1024}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(most):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _score_mod(softcap: float | None, bias: Tensor | None) -> Callable[..., Tensor] | None:
+    if softcap is None and bias is None:
+        return None
+    at = None if bias is None else tuple(int(n > 1) for n in bias.shape)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if bias is not None and at is not None:
+            score = score + bias[b * at[0], h * at[1], q * at[2], k * at[3]]
+        return score
+
+    return score_mod
+
+
+def _layout(r: Request) -> tuple[BlockLayout, Any]:
+    """The layout, and the tiled grid it is of where tokens are reordered."""
+    if isinstance(r.pattern, Grid) and r.bias is None and r.layout is None:
+        tile = _tile(r.pattern.shape)
+        if tile is not None:
+            tiled = r.pattern.tiled(tile)
+            return tiled.layout, tiled
+    return r.block_layout(BLOCK), None
+
+
+def _tile(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Sides, powers of two of product `BLOCK`, each axis cut about as often as the others; None: too small a grid."""
+    sides = [1] * len(shape)
+    while (product := torch.Size(sides).numel()) < BLOCK:
+        room = [d for d in range(len(shape)) if sides[d] < shape[d]]
+        if not room:
+            return None
+        sides[max(room, key=lambda d: (shape[d] / sides[d], d))] *= 2
+    return tuple(sides) if product == BLOCK and len(shape) > 1 else None
+
+
+_PREPARED: OrderedDict[Any, _Prepared] = OrderedDict()
+
+
+def _prepared(r: Request) -> _Prepared:
+    try:
+        key = (r.pattern, r.q_len, r.kv_len, r.q_start, r.q.device, r.bias is None)
+        found = _PREPARED.get(key)
+    except TypeError:  # a routed pattern holds tensors and has no hash
+        return _prepare(r)
+    if found is None:
+        found = _PREPARED[key] = _prepare(r)
+        if len(_PREPARED) > _KEPT:
+            _PREPARED.popitem(last=False)
+    else:
+        _PREPARED.move_to_end(key)
+    return found
+
+
+def _prepare(r: Request) -> _Prepared:
+    layout, grid = _layout(r)
+    partial = partial_tiles(layout, r.pattern, r.q_start, None if grid is None else grid.mask)
+    device = r.q.device
+    slot = torch.zeros(layout.samples, layout.heads, layout.n_q_blocks, layout.n_kv_blocks, dtype=torch.int32)
+    chosen = ~layout.full
+    slot.view(-1, layout.n_kv_blocks)[layout.rows[chosen], layout.indices[chosen].long()] = partial.which.int()
+    block_mask = layout.to_block_mask(r.pattern, r.q_start, device)
+    block_mask.mask_mod = _mask_mod(slot.to(device), _padded(partial.tiles).to(device))
+    q_order, kv_order = (None, None) if grid is None else (grid.q_order, grid.kv_order)
+    return _Prepared(block_mask, q_order, kv_order, layout)
+
+
+def _padded(tiles: Tensor) -> Tensor:
+    """As many masks as the next power of two, so that few numbers of them are ever compiled for."""
+    more = (1 << max(4, (len(tiles) - 1).bit_length())) - len(tiles)
+    return torch.nn.functional.pad(tiles, (0, 0, 0, 0, 0, more))
+
+
+def _mask_mod(slot: Tensor, tiles: Tensor) -> Callable[..., Tensor]:
+    samples, heads = int(slot.shape[0] > 1), int(slot.shape[1] > 1)
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        which = slot[b * samples, h * heads, q // BLOCK, k // BLOCK]
+        return tiles[which, q % BLOCK, k % BLOCK]
+
+    return mask_mod
