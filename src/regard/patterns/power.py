@@ -133,7 +133,7 @@ class BlockWindow(_Distances):
         return distance < self.window
 
     def _list(self, most: int) -> Tensor:
-        return torch.arange(min(self.window - 1, most), 0, -1)
+        return torch.arange(1, min(self.window - 1, most) + 1).flip(0)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class DilatedBlocks(_Distances):
         return (distance < self.window) & (torch.remainder(distance, self.dilation) == 0)
 
     def _list(self, most: int) -> Tensor:
-        return torch.arange(self.dilation, min(self.window - 1, most) + 1, self.dilation).flip(0)
+        return torch.tensor(range(self.dilation, min(self.window - 1, most) + 1, self.dilation)).long().flip(0)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from regard.patterns import intervals as iv
+from regard.patterns.algebra import _alike as alike
 from regard.patterns.pattern import Pattern, Rows
 from regard.patterns.segments import BlockCausal, Blocks
 from regard.patterns.static import Allowed, Index, StaticPattern, need_int
@@ -63,6 +64,31 @@ class Sections(Pattern):
     @cached_property
     def _bounds(self) -> tuple[int, ...]:
         return tuple(accumulate(self.lengths, initial=0))
+
+    @cached_property
+    def _cells(self) -> list[Pattern]:
+        return [cell for row in self.table for cell in row if cell is not None]
+
+    @property
+    def heads(self) -> int | None:
+        """Of the patterns, which must agree."""
+        return alike(self._cells, "heads")
+
+    @property
+    def samples(self) -> int | None:
+        """Of the patterns, which must agree."""
+        return alike(self._cells, "samples")
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether every pattern has rows."""
+        return all(cell.closed_form for cell in self._cells)
+
+    def of(self, head: int = 0, sample: int = 0) -> Pattern:
+        """The same table of the patterns of one head of one sample."""
+        if self.heads is None and self.samples is None:
+            return self
+        return Sections(self.lengths, [[cell and cell.of(head, sample) for cell in row] for row in self.table])
 
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """Refuse queries or keys beyond the last section."""
