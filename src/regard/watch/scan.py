@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.watch.anatomy import Anatomy
+from regard.watch.anatomy import Anatomy, anatomy_for
 from regard.watch.edits import Edit
 from regard.watch.effects import damage, recovery
 from regard.watch.places import find_logits
 from regard.watch.probe import run
+from regard.watch.resume import Prefix, first_block, resumable
 from regard.watch.running import Backend
 from regard.watch.session import Session
 from regard.watch.site import Site
@@ -55,6 +57,7 @@ def scan(
     chunk: int = 8,
     *,
     direction: str = "denoise",
+    resume: bool = True,
     anatomy: Anatomy | None = None,
     valid: Bool[Tensor, "batch length"] | None = None,
     backend: Backend = "fused",
@@ -62,7 +65,7 @@ def scan(
     """The metric under each of many edits, `chunk` of them stacked along the batch in one forward pass.
 
     Each edit (or group of edits) acts on its own copy of the inputs, with the numbers it would give alone, to the
-    rounding of the kernels.
+    rounding of the kernels. Blocks before the first edited one are run once and not again for every edit.
 
     Args:
         model: the module to run, without gradients.
@@ -73,6 +76,8 @@ def scan(
         metric: logits [batch, ...] -> one number a sample.
         chunk: how many copies run together.
         direction: which run is edited.
+        resume: False: run every block each time. Models whose blocks are no plain chain (encoder-decoders, blocks that
+            are used twice) are always run whole.
         anatomy, valid, backend: as in `intervene`; clean and corrupt have the same padding.
 
     Returns:
@@ -92,19 +97,28 @@ def scan(
     how: dict[str, Any] = {"anatomy": anatomy, "backend": backend}
     values = trace(model, other, patches, valid=valid, **how) if patches else {}
     ready = [[Edit(e, "set", value=values[e]) if isinstance(e, Site) else e for e in group] for group in groups]
-    results: list[Tensor] = []
+    results: dict[int, Tensor] = {}
     with torch.no_grad():
         plain = {name: _score(model, x, metric, anatomy, backend) for name, x in _named(clean, corrupt)}
         batch = len(plain["clean"])
-        for begin in range(0, len(ready), chunk):
-            some = ready[begin : begin + chunk]
-            actions = [(e, slice(i * batch, (i + 1) * batch)) for i, group in enumerate(some) for e in group]
+        parts = anatomy_for(model, base, anatomy) if resume and ready else None
+        prefix = Prefix(model, base, parts, batch) if parts is not None and resumable(model, parts) else None
+        starts = [first_block([e.site for e in g], parts) if parts is not None and prefix else 0 for g in ready]
+        order = sorted(range(len(ready)), key=starts.__getitem__)
+        for begin in range(0, len(order), chunk):
+            some = order[begin : begin + chunk]
+            actions = [(e, slice(i * batch, (i + 1) * batch)) for i, n in enumerate(some) for e in ready[n]]
             inputs = stack(base, len(some), batch)
             rows = None if valid is None else stack(valid, len(some), batch)
-            with Session(model, actions, parts=anatomy, inputs=base, valid=rows, backend=backend):
+            if prefix is not None:
+                prefix.advance(starts[some[0]])
+            with (
+                prefix.running(len(some)) if prefix is not None else nullcontext(),
+                Session(model, actions, parts=anatomy, inputs=base, valid=rows, backend=backend),
+            ):
                 logits = find_logits(run(model, inputs))[0]
-            results += [metric(part) for part in logits.split(batch)]
-    stacked = torch.stack(results) if results else plain["clean"].new_zeros(0, batch)
+            results |= {n: metric(part) for n, part in zip(some, logits.split(batch), strict=True)}
+    stacked = torch.stack([results[n] for n in range(len(ready))]) if results else plain["clean"].new_zeros(0, batch)
     return Scan(stacked, plain["clean"], plain.get("corrupt"))
 
 
