@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from regard.kernels.attend import attend as attend
+    from regard.kernels.explain import explain as explain
     from regard.measures.roles import roles as roles
     from regard.report.build import report as report
     from regard.studies.protocol import study as study
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "attend": "regard.kernels.attend:attend",
+    "explain": "regard.kernels.explain:explain",
     "attend_with": "regard.watch.attend_with:attend_with",
     "Atlas": "regard.watch.atlas:Atlas",
     "load_atlas": "regard.watch.atlas:load_atlas",

@@ -37,9 +37,8 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
 
 
 def describe(request: Request) -> dict[str, Any]:
-    """Every pair is computed: operations and bytes of the dense form, forward."""
+    """Every pair is computed; scores and weights are each written and read once."""
     r = request
     pairs = r.batch * r.heads * r.q_len * r.kv_len
-    size = torch.finfo(r.work_dtype).bits // 8
-    inputs = sum(x.numel() * x.element_size() for x in (r.q, r.k, r.v)) + r.batch * r.heads * r.q_len * r.v_dim * size
-    return {"operations": 2 * (r.head_dim + r.v_dim) * pairs, "bytes": inputs + 4 * pairs * size}
+    ends = r.batch * (r.heads * r.q_len + r.kv_heads * r.kv_len) * (r.head_dim + r.v_dim) * r.q.element_size()
+    return {"bytes": ends + 4 * pairs * r.work_dtype.itemsize}
