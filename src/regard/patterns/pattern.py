@@ -73,6 +73,7 @@ class Pattern(ABC):
 
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """Raise ValueError where the pattern is bound to a shape that this is not. Default: any shape is fine."""
+        return
 
     @property
     def heads(self) -> int | None:
@@ -109,7 +110,7 @@ class Pattern(ABC):
 
         Args:
             q_len, kv_len: queries and keys.
-            block: tokens in a block, or ``(query block, key block)``. Query blocks start at ``q_start``, key blocks at 0.
+            block: tokens in a block, or ``(query block, key block)``; blocks start at the first query and at key 0.
             q_start: absolute index of the first query; None: the queries are the last ones.
 
         A pattern without `rows` (``closed_form`` is False) is evaluated pair by pair, in chunks.

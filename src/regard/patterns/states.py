@@ -150,7 +150,7 @@ def _cells(states: States, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def settle(states: States, pattern: Pattern, frame: Frame, first: int) -> States:
-    """Ask `allows` about the open blocks: first their corners, then two queries of each, then all pairs of what is left."""
+    """Ask `allows` about the open blocks: first their corners, then two queries, then all pairs of what is left."""
     chosen = OPEN[states.bits]
     if not chosen.any():
         return states
