@@ -13,5 +13,5 @@ settings.register_profile(
 settings.load_profile("regard")
 
 # Every annotated shape in these packages is checked on every call the tests make.
-CHECKED = ("patterns", "kernels", "watch", "measures", "layers", "models")
+CHECKED = ("patterns", "kernels", "watch", "measures", "layers", "models", "steer")
 install_import_hook([f"regard.{name}" for name in CHECKED], "beartype.beartype")
