@@ -84,3 +84,18 @@ def test_local_maxima_are_peaks_among_the_largest_and_never_beside_a_gap():
     assert np.flatnonzero(evidence.local_maxima([0, 5, 0, 1, 0, 6, 6, 0, 0, 0], 0.2)).tolist() == [6]
     assert not evidence.local_maxima([nan, 5, nan, 1, nan], 1.0).any()
     assert not evidence.local_maxima([1, 2]).any()
+
+
+def test_seeds_and_items_spreads_over_both():
+    rng = np.random.default_rng(0)
+    alike = rng.normal(0, 1, (4, 500))
+    low, high = evidence.seeds_and_items(alike)
+    assert high - low < 0.25
+    apart = alike + np.array([[-1.0], [0.0], [0.5], [1.0]])
+    wide_low, wide_high = evidence.seeds_and_items(apart)
+    assert wide_high - wide_low > 4 * (high - low)
+    assert wide_low < apart.mean() < wide_high
+    one_low, one_high = evidence.seeds_and_items(alike[:1])
+    assert one_low < alike[0].mean() < one_high
+    with pytest.raises(ValueError, match=r"must be \[seeds, items\]"):
+        evidence.seeds_and_items([1.0, 2.0])

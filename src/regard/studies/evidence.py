@@ -49,6 +49,25 @@ def bootstrap(
     return float(low), float(high)
 
 
+def seeds_and_items(values: ArrayLike, *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of ``[seeds, items]``: seeds are resampled, then the items of each.
+
+    Raises:
+        ValueError: not two dimensions, or nothing in one of them.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"values must be [seeds, items] with at least one of each, got shape {array.shape}")
+    generator = np.random.default_rng(seed)
+    seeds, items = array.shape
+    means = []
+    for _ in range(draws):
+        rows = generator.integers(seeds, size=(seeds, 1))
+        means.append(array[rows, generator.integers(items, size=(seeds, items))].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def paired_difference(a: ArrayLike, b: ArrayLike, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of a - b over the same items, and its 95% paired-bootstrap interval: (mean, low, high)."""
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
