@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regard.watch.anatomy import Anatomy, anatomy_for
@@ -289,5 +290,5 @@ def _table(parts: Anatomy, heads: Sequence[Head], values: Float[Tensor, "heads b
     return xr.DataArray(table, dims=("layer", "head", "sample"), coords=coords, name=name)
 
 
-def _numpy(x: Tensor) -> np.ndarray[Any, Any]:
+def _numpy(x: Tensor) -> NDArray[np.float64]:
     return x.detach().double().cpu().numpy()
