@@ -8,6 +8,8 @@ import torch
 import transformers as tr
 
 from regard import measures
+from regard.measures.roles import roles
+from regard.patterns import Line
 from regard.watch.atlas import AtlasError
 from regard.watch.recorder import watch
 from regard.watch.settings import Watch
@@ -149,3 +151,29 @@ def test_what_is_missing_is_said(watched):
     with pytest.raises(AtlasError, match=r"per_sample=\('group_raw',\)"):
         w.atlas.measure("group_mass", by_sample=True)
     assert {"group_mass", "information_contribution"} <= set(measures.names())
+
+
+def test_a_head_that_reads_one_list_from_another_draws_a_skewed_line():
+    """Second list at 20..27, counterparts at 4..11; one head looks there, one at the token before, one evenly."""
+    length, second, first = 28, range(20, 28), range(4, 12)
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    scores = torch.stack([(i - j == 16) * 20.0, (i - j == 1) * 20.0, torch.zeros(length, length)])
+
+    class Heads(torch.nn.Module):
+        def forward(self, x):
+            q = scores[None] * length**0.5
+            k = torch.eye(length).expand(1, 3, -1, -1)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True)
+
+    rows = torch.zeros(length, dtype=torch.bool)
+    rows[list(second)] = True
+    settings = Watch(("template",), rows=rows, templates={"skewed line": Line(second, first)}, relations=())
+    with torch.no_grad(), watch(model := Heads(), statistics=settings) as w:
+        model(torch.zeros(1, length, 1))
+    table = roles(w.atlas)
+    held = [table.head(0, h)["roles"]["skewed line"]["holds"] for h in range(3)]
+    assert held == [True, False, False]
+    assert table.head(0, 0)["role"] == "skewed line"
+    with torch.no_grad(), watch(model, statistics=("template",)) as w:
+        model(torch.zeros(1, length, 1))
+    assert "skewed line" in roles(w.atlas).not_measured()

@@ -82,6 +82,14 @@ RULES: tuple[Rule, ...] = (
     _template("multi-diagonal", Condition("multi-diagonal/main", "<", 0.8, OURS)),
     _template("diagonal"),
     Rule(
+        "skewed line",
+        (
+            Condition("skewed line", ">=", 0.5, OURS),
+            Condition("skewed line/lift", ">=", 5.0, OURS),
+            Condition("skewed line/density", "<=", 0.5, OURS),
+        ),
+    ),
+    Rule(
         "vertical stripe",
         (Condition("vertical stripe", ">=", 0.5, OURS), Condition("vertical stripe/lift", ">=", 5.0, OURS)),
     ),

@@ -6,6 +6,7 @@ from regard.patterns.diagonals import Diagonals, Dilated, Strided
 from regard.patterns.grid import Grid, Neighborhood
 from regard.patterns.hops import HopWindow
 from regard.patterns.layout import BlockLayout
+from regard.patterns.line import Line
 from regard.patterns.order import Order, TileOrder
 from regard.patterns.pattern import Pattern
 from regard.patterns.power import BlockWindow, DilatedBlocks, LongNet, PowerOfTwo, StrideSlash
@@ -36,6 +37,7 @@ __all__ = [
     "Full",
     "Grid",
     "HopWindow",
+    "Line",
     "LongNet",
     "Neighborhood",
     "Neighborhood1d",

@@ -22,6 +22,7 @@ LOOKS: dict[str, Look] = {
     "sink": Look("Si", "#8a6100", "#ecc248", "rests on the first token, which says nothing about the query"),
     "multi-diagonal": Look("Md", "#5b43b5", "#b3a4fa", "looks back by multiples of a fixed lag"),
     "diagonal": Look("Di", "#0b7285", "#5ccde0", "looks at a narrow band around the query"),
+    "skewed line": Look("Sk", "#6b2f8a", "#d3a0f0", "looks from each token of a list at its counterpart in another"),
     "vertical stripe": Look("St", "#7d4a2a", "#d8a681", "looks at the same few keys from every query"),
     "block": Look("Bl", "#5c6b00", "#bfcb4e", "looks within its own block or segment"),
     "local": Look("Lo", "#0a7a55", "#4fd1a0", "looks within a sixteenth of the length"),
@@ -71,6 +72,9 @@ SCORES: dict[str, str] = {
     "diagonal": "recall, |i−j| ≤ L/64",
     "diagonal/lift": "lift",
     "diagonal/density": "density",
+    "skewed line": "mass on the line",
+    "skewed line/lift": "lift",
+    "skewed line/density": "density",
     "vertical stripe": "mass on 5% of keys",
     "vertical stripe/lift": "times chance",
     "block": "recall",
@@ -88,6 +92,7 @@ SCORES: dict[str, str] = {
 UNJUDGED: dict[str, str] = {
     "retrieval": "needs needles to copy, which this text does not mark (probes=, or --probe)",
     "induction": "needs token ids",
+    "skewed line": "needs two lists of tokens (templates={'skewed line': Line(...)})",
     "block": "needs a pattern to judge by (templates={'block': ...})",
 }
 """Why a role was judged for no head, in the words of who can change it."""

@@ -35,7 +35,8 @@ class Watch:
         groups: named groups of tokens; each is a group of rows and of keys beside "all" and "first". None: given for
             each forward with `Recorder.annotate`.
         relations: which of self, previous, duplicate, induction (the last two need token ids).
-        templates: named patterns beside the built-in ones; "block" is what the role of that name is judged by.
+        templates: named patterns beside the built-in ones; the roles "block" and "skewed line" are judged by those of
+            that name.
         near: offsets |i-j| < near are kept one by one.
         widths: window widths.
         period: lag of the "diagonals" template (tokens a frame, width of a grid); default the grid's width.
