@@ -164,9 +164,7 @@ def make_request(
     batch, heads, q_len, kv_len, head_dim = _check_tensors(q, k, v)
     pattern = _check_pattern(pattern, batch, heads)
     start = _check_start(q_start, q_len, kv_len)
-    fits = getattr(pattern, "fits", None)
-    if fits is not None:
-        fits(q_len, kv_len, start)
+    pattern.fits(q_len, kv_len, start)
     normalize = Softmax() if normalize is None else normalize
     if not isinstance(normalize, Normalizer):
         raise ValueError(f"normalize must be a Normalizer, Softmax() or Elementwise(...), got {normalize!r}")
@@ -201,7 +199,7 @@ def make_request(
     )
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+def _check_tensors(q: Any, k: Any, v: Any) -> tuple[int, int, int, int, int]:
     for name, x, form in (("q", q, "heads, q_len"), ("k", k, "kv_heads, kv_len"), ("v", v, "kv_heads, kv_len")):
         if not isinstance(x, Tensor) or x.ndim != 4:
             width = "v_dim" if name == "v" else "head_dim"
@@ -226,7 +224,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int,
     return batch, heads, q_len, k.shape[2], head_dim
 
 
-def _check_pattern(pattern: Pattern | None, batch: int, heads: int) -> Pattern:
+def _check_pattern(pattern: Any, batch: int, heads: int) -> Pattern:
     if pattern is None:
         return Full()
     if not isinstance(pattern, Pattern):
@@ -243,7 +241,7 @@ def _check_pattern(pattern: Pattern | None, batch: int, heads: int) -> Pattern:
     return pattern
 
 
-def _check_start(q_start: int | None, q_len: int, kv_len: int) -> int:
+def _check_start(q_start: Any, q_len: int, kv_len: int) -> int:
     if q_start is None:
         return kv_len - q_len
     if not isinstance(q_start, int) or isinstance(q_start, bool):
@@ -251,7 +249,7 @@ def _check_start(q_start: int | None, q_len: int, kv_len: int) -> int:
     return q_start
 
 
-def _check_bias(bias: Tensor | None, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
+def _check_bias(bias: Any, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
     if bias is None:
         return None
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
