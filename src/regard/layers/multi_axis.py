@@ -22,7 +22,8 @@ class MultiAxis(nn.Module):
         x = x + BlockAttn(LN x);  x = x + MLP(LN x)          windows of P x P tokens
         x = x + GridAttn(LN x);   x = x + MLP(LN x)          G x G tokens, side / G apart
 
-    Every token reaches every other in one block where ``P >= side / G``, else in two.
+    Every token reaches every other in one block where ``P >= side / G``. Where it is less, further blocks reach on (56
+    and 7: two blocks) unless P divides ``side / G``: then windows hold the same residues and no depth is enough.
 
     Args:
         dim: width.
