@@ -1,8 +1,10 @@
 """Which pairs meet: static geometry and its algebra."""
 
-from regard.patterns.algebra import And, Not, Or, PerHead, PerSample, per_head, per_sample
+from regard.patterns.algebra import And, Not, Or
 from regard.patterns.axes import Congruent, Neighborhood1d, Same
+from regard.patterns.coverage import centers, depth, first_gap, influence, reach
 from regard.patterns.diagonals import Diagonals, Dilated, Strided
+from regard.patterns.each import PerHead, PerSample, per_head, per_sample
 from regard.patterns.grid import Grid, Neighborhood
 from regard.patterns.hops import HopWindow
 from regard.patterns.layout import BlockLayout
@@ -69,10 +71,15 @@ __all__ = [
     "Within",
     "best_strides",
     "best_tiles",
+    "centers",
     "concentric_causal",
+    "depth",
     "end_to_end",
+    "first_gap",
+    "influence",
     "per_head",
     "per_sample",
+    "reach",
     "ring_count",
     "ring_positions",
     "tile_cost",

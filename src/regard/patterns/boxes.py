@@ -45,7 +45,7 @@ def run_boxes(
 def axis_rows(pattern: Pattern, lo: Int[Tensor, "n"], hi: Int[Tensor, "n"], length: int) -> Rows | None:
     """`rows` of one axis for runs that may cross its cuts: any = union, all = intersection of the pieces."""
     cuts = pattern.cuts(0, length)
-    if not len(cuts):
+    if not len(cuts) or not len(lo):
         return pattern.rows(lo, hi, length)
     cuts, lo, hi = cuts.to(lo.device), lo.contiguous(), hi.contiguous()
     before, after = torch.searchsorted(cuts, lo, right=True), torch.searchsorted(cuts, hi)

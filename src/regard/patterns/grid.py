@@ -45,6 +45,8 @@ class Grid(Pattern):
     def __init__(self, axes: Sequence[Pattern], shape: Sequence[int] | None = None) -> None:
         if not axes or not all(isinstance(a, Pattern) for a in axes):
             raise ValueError(f"axes must be one or more patterns, got {axes!r}")
+        if apart := [a for a in axes if a.heads or a.samples]:
+            raise ValueError(f"axes must be alike for all heads and samples (use per_head of grids), got {apart[0]!r}")
         own = [getattr(a, "length", None) for a in axes]
         if shape is None:
             if None in own:
@@ -70,6 +72,11 @@ class Grid(Pattern):
         assert allowed is not None
         return allowed
 
+    @property
+    def span(self) -> int:
+        """The tokens of the grid."""
+        return prod(self.shape)
+
     def fits(self, q_len: int, kv_len: int, q_start: int | None = None) -> None:
         """Refuse other lengths than the grid's."""
         n = prod(self.shape)
@@ -79,6 +86,11 @@ class Grid(Pattern):
                 f"a grid of shape {self.shape} needs q_len = kv_len = {n} and q_start = 0, "
                 f"got q_len={q_len}, kv_len={kv_len}, q_start={start}"
             )
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether every axis has one."""
+        return all(axis.closed_form for axis in self.axes)
 
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows | None:
         """Keys of runs of the row-major order: a run is a few boxes, a box's keys a product over the axes.
