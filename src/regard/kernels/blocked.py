@@ -1,0 +1,164 @@
+"""The blocked backend: the tiles of a pattern's layout fed to a dense kernel. Any pattern, no compiling.
+
+On a CPU the dense kernel is PyTorch's flash attention; where that cannot serve (softcaps, element-wise normalisers,
+biases, other devices) a tile is plain PyTorch. Memory O(length): what is kept for the backward pass is q, k, v, out
+and lse, and tiles are worked on in chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from regard.kernels import blocked_flash, blocked_math
+from regard.kernels.blocked_strips import Call, strips
+from regard.kernels.normalize import Softmax
+from regard.kernels.request import Request
+
+__all__ = ["describe", "refuses", "run"]
+
+
+def refuses(request: Request) -> str | None:
+    """Nothing is refused."""
+    return None
+
+
+def _fused(r: Request) -> bool:
+    """Whether the flash kernel serves the request."""
+    plain = isinstance(r.normalize, Softmax) and r.softcap is None and r.bias is None
+    return plain and r.q.device.type == "cpu"
+
+
+def _call(r: Request) -> Call:
+    return Call(r.pattern, r.layout, r.q_start, r.scale, r.softcap, r.normalize)
+
+
+def run(request: Request) -> tuple[Tensor, Tensor | None]:
+    """``(out [batch, heads, q_len, v_dim], lse [batch, heads, q_len] or None)``."""
+    r = request
+    if _fused(r):
+        # Half precision stays as it is where the kernel is fast in it: bfloat16, not float16.
+        work = torch.float32 if r.q.dtype == torch.float16 else r.q.dtype
+        width = max(r.head_dim, r.v_dim)
+        q, k, v = (F.pad(x.to(work), (0, width - x.shape[-1])) for x in (r.q, r.k, r.v))
+        out, lse = _Flash.apply(q, k, v, _call(r))
+        return out[..., : r.v_dim].to(r.q.dtype), lse if r.need_lse else None
+    work = r.work_dtype
+    out, lse = _Math.apply(r.q.to(work), r.k.to(work), r.v.to(work), r.bias, _call(r), r.normalize.has_lse())
+    return out.to(r.q.dtype), lse if r.need_lse else None
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """Blocks, density, operations and bytes of the forward pass."""
+    r = request
+    pairs = listed = moved = 0
+    order = set()
+    block = set()
+    for strip in strips(_call(r), r.q, r.k):
+        heads = len(range(r.batch * r.heads)[strip.q]) if isinstance(strip.q, slice) else len(strip.q)
+        kv_heads = 1 if strip.shared else heads
+        plan = strip.plan
+        pairs += heads * plan.pairs
+        listed += heads * len(plan.blocks.anchor)
+        width = (r.head_dim + r.v_dim) * r.k.element_size()
+        moved += sum(2 * kv_heads * len(b) * b.n * width for b in plan.batches if b.shift is None)
+        order.add(plan.order)
+        block.add(plan.blocks.block)
+    inputs = sum(x.numel() * x.element_size() for x in (r.q, r.k, r.v))
+    outputs = r.batch * r.heads * r.q_len * (r.v_dim * r.q.element_size() + 4)
+    every = max(1, r.batch * r.heads * r.q_len * r.kv_len)
+    return {
+        "kernel": "flash attention of the CPU" if _fused(r) else "plain PyTorch",
+        "order": ", ".join(sorted(order)),
+        "block": sorted(block),
+        "blocks": listed,
+        "density": pairs / every,
+        "operations": 2 * (r.head_dim + r.v_dim) * pairs,
+        "bytes": inputs + outputs + moved,
+    }
+
+
+class _Flash(torch.autograd.Function):
+    """(q, k, v) -> (out, lse) by the flash kernel."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        return blocked_flash.forward(q, k, v, call)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, ctx.call = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if d_out is None and d_lse is None:
+            return None, None, None, None
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        return *_Once.apply(ctx.call, None, q, k, v, out, lse, d_out, d_lse), None
+
+
+class _Math(torch.autograd.Function):
+    """(q, k, v, bias) -> (out, lse) by plain PyTorch."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, has_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return blocked_math.forward(q, k, v, bias, call, has_lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        q, k, v, bias, ctx.call, _ = inputs
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        if d_out is None and d_lse is None:
+            return None, None, None, None, None, None
+        if d_out is None:
+            d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        d_bias = bool(ctx.needs_input_grad[3])
+        return *_Once.apply(ctx.call, d_bias, q, k, v, bias, None, d_out, d_lse), None, None
+
+
+class _Once(torch.autograd.Function):
+    """The backward pass, which has none of its own."""
+
+    @staticmethod
+    def forward(
+        call: Call,
+        d_bias: bool | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        third: Tensor | None,
+        lse: Tensor | None,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        if d_bias is None:
+            assert third is not None
+            assert lse is not None
+            return blocked_flash.backward(q, k, v, third, lse, d_out, d_lse, call)
+        *got, bias = blocked_math.backward(q, k, v, third, d_out, d_lse, call, d_bias)
+        return *got, None if bias is None or third is None else bias.to(third.dtype)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            'backend="blocked" has no double backward: its gradients cannot be differentiated again; '
+            'backend="reference" can'
+        )
