@@ -124,6 +124,11 @@ class Neighborhood1d(StaticPattern):
         k = kv_idx // self.dilation
         return (k >= lo) & (k < hi) & ((q_idx - kv_idx) % self.dilation == 0)
 
+    @property
+    def span(self) -> int:
+        """The coordinates."""
+        return self.length
+
     def fits(self, q_len: int, kv_len: int, q_start: int | None = None) -> None:
         """Refuse other lengths than the axis's own."""
         start = resolve_q_start(q_len, kv_len, q_start)
@@ -143,11 +148,24 @@ class Neighborhood1d(StaticPattern):
         residue = torch.arange(d, device=q0.device)
         first = q0[:, None] + (residue - q0[:, None]) % d  # the run's first and last query of each residue
         last = q1[:, None] - 1 - (q1[:, None] - 1 - residue) % d
-        lo, hi = self.bounds(first)[0], self.bounds(last)[1]
-        size = torch.where(first <= last, hi - lo, 0)
-        step = torch.arange(int(size.max()) if size.numel() else 0, device=q0.device)
-        key = (lo[..., None] + step) * d + residue[:, None]
-        there = step < size[..., None]
-        keys = torch.stack([key, key + 1], -1).where(there[..., None], torch.zeros_like(key)[..., None])
-        some = iv.clip(keys.flatten(1, 2), kv_len)
+        there = first <= last
+        low = self.bounds(first)[0] * d + residue  # and the first and last key of these
+        high = torch.where(there, (self.bounds(last)[1] - 1) * d + residue, low - d)
+        # Where every residue is there, keys from the highest low to the lowest high are one interval.
+        a, b = low.amax(1, keepdim=True), high.amin(1, keepdim=True) + 1
+        joint = there.all(1, keepdim=True) & (a < b)
+        a, b = torch.where(joint, a, kv_len), torch.where(joint, b, kv_len)
+        below = (torch.minimum(a, high + 1) - low + d - 1) // d
+        above = torch.where(joint, (high - b) // d + 1, 0)
+        left = _ladder(low, below, d)
+        right = _ladder(high - (above - 1) * d, above, d)
+        some = iv.clip(torch.cat([left, torch.stack([a, b], -1), right], 1), kv_len)
         return Rows(some, some * (q1 - q0 == 1)[:, None, None])
+
+
+def _ladder(start: Tensor, count: Tensor, step: int) -> Tensor:
+    """Single keys ``start, start + step, ...``, `count` of them for each residue of each run: ``[runs, m, 2]``."""
+    nth = torch.arange(max(int(count.max()), 0) if count.numel() else 0, device=start.device)
+    key = start[..., None] + nth * step
+    keys = torch.stack([key, key + 1], -1)
+    return (keys * (nth < count[..., None])[..., None]).flatten(1, 2)
