@@ -144,19 +144,21 @@ def _compiled(device: str) -> Callable[..., Any]:
     return call
 
 
+# What follows is traced by the compiler. Lambdas, because nothing must wrap them (type checkers wrap functions).
+
+
 def _score_mod(softcap: float | None, bias: Tensor | None) -> Callable[..., Tensor] | None:
-    if softcap is None and bias is None:
-        return None
-    at = None if bias is None else tuple(int(n > 1) for n in bias.shape)
+    if bias is None:
+        return None if softcap is None else lambda s, b, h, q, k: softcap * torch.tanh(s / softcap)
+    b1, h1, q1, k1 = (int(n > 1) for n in bias.shape)
+    if softcap is None:
+        return lambda s, b, h, q, k: s + bias[b * b1, h * h1, q * q1, k * k1]
+    return lambda s, b, h, q, k: softcap * torch.tanh(s / softcap) + bias[b * b1, h * h1, q * q1, k * k1]
 
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        if bias is not None and at is not None:
-            score = score + bias[b * at[0], h * at[1], q * at[2], k * at[3]]
-        return score
 
-    return score_mod
+def _mask_mod(slot: Tensor, tiles: Tensor) -> Callable[..., Tensor]:
+    b1, h1 = int(slot.shape[0] > 1), int(slot.shape[1] > 1)
+    return lambda b, h, q, k: tiles[slot[b * b1, h * h1, q // BLOCK, k // BLOCK], q % BLOCK, k % BLOCK]
 
 
 def _layout(r: Request) -> tuple[BlockLayout, Any]:
@@ -215,13 +217,3 @@ def _padded(tiles: Tensor) -> Tensor:
     """As many masks as the next power of two, so that few numbers of them are ever compiled for."""
     more = (1 << max(4, (len(tiles) - 1).bit_length())) - len(tiles)
     return torch.nn.functional.pad(tiles, (0, 0, 0, 0, 0, more))
-
-
-def _mask_mod(slot: Tensor, tiles: Tensor) -> Callable[..., Tensor]:
-    samples, heads = int(slot.shape[0] > 1), int(slot.shape[1] > 1)
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        which = slot[b * samples, h * heads, q // BLOCK, k // BLOCK]
-        return tiles[which, q % BLOCK, k % BLOCK]
-
-    return mask_mod
