@@ -11,15 +11,18 @@ from regard.patterns.layout import BlockLayout
 from regard.patterns.line import Line
 from regard.patterns.order import Order, TileOrder
 from regard.patterns.pattern import Pattern
+from regard.patterns.permuted import Permuted
 from regard.patterns.power import BlockWindow, DilatedBlocks, LongNet, PowerOfTwo, StrideSlash
 from regard.patterns.radial import Radial
 from regard.patterns.rings import RingOrder, Rings, concentric_causal, ring_count, ring_positions
 from regard.patterns.sections import BlockDiffusion, Sections
 from regard.patterns.segments import BlockCausal, Blocks, Segments, StepCausal
 from regard.patterns.shapes import Arrow, Plus
+from regard.patterns.snap import Snap
 from regard.patterns.static import Causal, Columns, Full, Prefix, Queries, Sinks, StaticPattern, Window
 from regard.patterns.tile_cost import TileCost, best_strides, best_tiles, end_to_end, tile_cost
 from regard.patterns.tiled import Tiled
+from regard.patterns.transposed import Transposed
 from regard.patterns.within import Within
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "PerSample",
+    "Permuted",
     "Plus",
     "PowerOfTwo",
     "Prefix",
@@ -60,6 +64,7 @@ __all__ = [
     "Sections",
     "Segments",
     "Sinks",
+    "Snap",
     "StaticPattern",
     "StepCausal",
     "StrideSlash",
@@ -67,6 +72,7 @@ __all__ = [
     "TileCost",
     "TileOrder",
     "Tiled",
+    "Transposed",
     "Window",
     "Within",
     "best_strides",

@@ -1,8 +1,7 @@
-"""Patterns made of patterns: intersection, union, complement, and one for each head or sample."""
+"""Patterns made of patterns: intersection, union, complement."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +11,9 @@ from torch import Tensor
 from regard.patterns import intervals
 from regard.patterns import states as st
 from regard.patterns.pattern import Pattern, Rows
+from regard.patterns.wrapped import Wrapped, alike, smaller
 
-__all__ = ["And", "Not", "Or", "PerHead", "PerSample", "per_head", "per_sample"]
-
-
-def _alike(parts: Sequence[Pattern], what: str) -> int | None:
-    """How many heads (or samples) the parts tell apart; they must agree where they do."""
-    counts = {n for part in parts if (n := getattr(part, what)) is not None}
-    if len(counts) > 1:
-        raise ValueError(f"patterns put together must tell the same number of {what} apart, got {sorted(counts)}")
-    return counts.pop() if counts else None
+__all__ = ["And", "Not", "Or"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +24,23 @@ class _Two(Pattern):
     right: Pattern
 
     def __post_init__(self) -> None:
-        _alike((self.left, self.right), "heads")
-        _alike((self.left, self.right), "samples")
+        alike((self.left, self.right), "heads")
+        alike((self.left, self.right), "samples")
 
     @property
     def heads(self) -> int | None:
         """Heads that either part tells apart."""
-        return _alike((self.left, self.right), "heads")
+        return alike((self.left, self.right), "heads")
 
     @property
     def samples(self) -> int | None:
         """Samples that either part tells apart."""
-        return _alike((self.left, self.right), "samples")
+        return alike((self.left, self.right), "samples")
+
+    @property
+    def span(self) -> int | None:
+        """The smaller of the parts' spans."""
+        return smaller((self.left, self.right))
 
     @property
     def closed_form(self) -> bool:
@@ -111,10 +108,8 @@ class Or(_Two):
 
 
 @dataclass(frozen=True)
-class Not(Pattern):
+class Not(Wrapped):
     """Pairs that the part forbids."""
-
-    part: Pattern
 
     def allows(
         self,
@@ -142,29 +137,6 @@ class Not(Pattern):
         """Absent where the part is full, and the reverse."""
         return st.complement(self.part.states(frame, first, last))
 
-    @property
-    def heads(self) -> int | None:
-        """Heads that the part tells apart."""
-        return self.part.heads
-
-    @property
-    def samples(self) -> int | None:
-        """Samples that the part tells apart."""
-        return self.part.samples
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether the part has one."""
-        return self.part.closed_form
-
-    def of(self, head: int = 0, sample: int = 0) -> Pattern:
-        """The complement for one head of one sample."""
-        return Not(self.part.of(head, sample))
-
-    def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
-        """The part must fit."""
-        self.part.fits(q_len, kv_len, q_start)
-
     def __invert__(self) -> Pattern:
         return self.part
 
@@ -178,114 +150,3 @@ def _combine(left: Pattern, right: Pattern, q0: Tensor, q1: Tensor, kv_len: int,
     some_exact = a.exact[0] and b.exact[0] and (single or not meet)
     every_exact = a.exact[1] and b.exact[1] and (single or meet)
     return Rows(join(a.any, b.any, kv_len), join(a.all, b.all, kv_len), (some_exact, every_exact))
-
-
-@dataclass(frozen=True)
-class _Each(Pattern):
-    """One pattern for each of something."""
-
-    patterns: tuple[Pattern, ...]
-    _what = ""
-
-    def __post_init__(self) -> None:
-        patterns = tuple(self.patterns)
-        object.__setattr__(self, "patterns", patterns)
-        if not patterns or not all(isinstance(p, Pattern) for p in patterns):
-            raise ValueError(f"patterns must be a sequence of at least one Pattern, got {patterns!r}")
-        inner = [p for p in patterns if getattr(p, self._what) is not None]
-        if inner:
-            raise ValueError(f"each of patterns must be alike for all {self._what}, got {inner[0]!r}")
-        _alike(patterns, "heads")
-        _alike(patterns, "samples")
-
-    @property
-    def heads(self) -> int | None:
-        """Heads told apart."""
-        return _alike(self.patterns, "heads")
-
-    @property
-    def samples(self) -> int | None:
-        """Samples told apart."""
-        return _alike(self.patterns, "samples")
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether each has one."""
-        return all(p.closed_form for p in self.patterns)
-
-    def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
-        """Each must fit."""
-        for pattern in self.patterns:
-            pattern.fits(q_len, kv_len, q_start)
-
-    def _select(
-        self, which: Tensor | None, name: str, q: Tensor, k: Tensor, head: Tensor | None, batch: Tensor | None
-    ) -> Tensor:
-        if which is None:
-            raise ValueError(f"{name} must be given: this pattern differs between {self._what}")
-        out = (q != q) & (k != k) & (which != which)
-        for n, pattern in enumerate(self.patterns):
-            out = out | ((which == n) & pattern.allows(q, k, head, batch))
-        return out
-
-
-@dataclass(frozen=True)
-class PerHead(_Each):
-    """Head h has ``patterns[h]``; `allows` needs ``head``."""
-
-    _what = "heads"
-
-    @property
-    def heads(self) -> int | None:
-        """One for each pattern."""
-        return len(self.patterns)
-
-    def of(self, head: int = 0, sample: int = 0) -> Pattern:
-        """``patterns[head]``."""
-        return self.patterns[head].of(head, sample)
-
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
-        """``patterns[head].allows``; a head that is not there allows nothing."""
-        return self._select(head, "head", q_idx, kv_idx, head, batch)
-
-
-@dataclass(frozen=True)
-class PerSample(_Each):
-    """Sample b of the batch has ``patterns[b]``; `allows` needs ``batch``."""
-
-    _what = "samples"
-
-    @property
-    def samples(self) -> int | None:
-        """One for each pattern."""
-        return len(self.patterns)
-
-    def of(self, head: int = 0, sample: int = 0) -> Pattern:
-        """``patterns[sample]``."""
-        return self.patterns[sample].of(head, sample)
-
-    def allows(
-        self,
-        q_idx: Int[Tensor, "..."],
-        kv_idx: Int[Tensor, "..."],
-        head: Tensor | None = None,
-        batch: Tensor | None = None,
-    ) -> Bool[Tensor, "..."]:
-        """``patterns[batch].allows``; a sample that is not there allows nothing."""
-        return self._select(batch, "batch", q_idx, kv_idx, head, batch)
-
-
-def per_head(patterns: Sequence[Pattern]) -> PerHead:
-    """One pattern for each head, in order."""
-    return PerHead(tuple(patterns))
-
-
-def per_sample(patterns: Sequence[Pattern]) -> PerSample:
-    """One pattern for each sample of the batch, in order."""
-    return PerSample(tuple(patterns))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def to_block_mask(
     """FlexAttention's BlockMask with these blocks; partial ones are masked by ``pattern.allows``.
 
     FlexAttention counts queries from 0: they are shifted by ``q_start`` (None: the queries are the last ones).
-    Padded to the longest row, so a layout with one long row takes ``rows * longest`` int32 there.
+    A BlockMask holds a whole table, ``rows * n_kv_blocks`` int32, four times over: far more than the layout itself.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -32,20 +32,21 @@ def to_block_mask(
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return pattern.allows(q + start, k, h, b)
 
-    lead = (layout.samples, layout.heads, layout.n_q_blocks)
-    rows = layout.rows
-    tables: list[Tensor] = []
-    for chosen in (~layout.full, layout.full):
-        row, col = rows[chosen], layout.indices[chosen]
-        counts = torch.bincount(row, minlength=len(layout.indptr) - 1)
-        place = torch.arange(len(row)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        table = torch.zeros(len(counts), layout.n_kv_blocks, dtype=torch.int32)
-        table[row, place] = col
-        tables += [counts.to(torch.int32).view(lead), table.view(*lead, layout.n_kv_blocks)]
-    made: Any = BlockMask.from_kv_blocks(
-        *tables, BLOCK_SIZE=layout.block, mask_mod=mask_mod, seq_lengths=(layout.q_len, layout.kv_len)
-    )
+    partial, full = _table(layout, ~layout.full), _table(layout, layout.full)
+    lengths = (layout.q_len, layout.kv_len)
+    made = BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=layout.block, mask_mod=mask_mod, seq_lengths=lengths)
     return made if device is None else made.to(device)
+
+
+def _table(layout: BlockLayout, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the chosen blocks each row has, and which: ``[samples, heads, n_q_blocks (, n_kv_blocks)]``."""
+    lead = (layout.samples, layout.heads, layout.n_q_blocks)
+    row, col = layout.rows[chosen], layout.indices[chosen]
+    counts = torch.bincount(row, minlength=len(layout.indptr) - 1)
+    place = torch.arange(len(row)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    table = torch.zeros(len(counts), layout.n_kv_blocks, dtype=torch.int32)
+    table[row, place] = col
+    return counts.to(torch.int32).view(lead), table.view(*lead, layout.n_kv_blocks)
 
 
 def from_block_mask(mask: BlockMask) -> BlockLayout:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from regard.patterns import intervals
 from regard.patterns import states as st
 from regard.patterns.layout import BlockLayout, block_size
+
+if TYPE_CHECKING:
+    from regard.patterns.order import Order
 
 __all__ = ["Pattern", "Rows", "resolve_q_start"]
 
@@ -85,9 +89,18 @@ class Pattern(ABC):
         """How many samples of a batch the pattern tells apart; None: all are alike."""
         return None
 
+    @property
+    def span(self) -> int | None:
+        """How many positions the pattern is defined on, ``[0, span)``; None: any index."""
+        return None
+
     def of(self, head: int = 0, sample: int = 0) -> Pattern:
         """The pattern of one head of one sample, which tells none apart."""
-        return self
+        if self.heads is None and self.samples is None:
+            return self
+        from regard.patterns.wrapped import OneOf
+
+        return OneOf(self, head, sample)
 
     @property
     def closed_form(self) -> bool:
@@ -100,7 +113,7 @@ class Pattern(ABC):
         a, b = frame.q_start + first * frame.bq, min(frame.q_start + last * frame.bq, end)
         edges = np.append(np.unique(np.append(np.arange(a, b, frame.bq), self.cuts(a, b).numpy())), b)
         q0, q1 = torch.from_numpy(edges[:-1]), torch.from_numpy(edges[1:])
-        rows = self.rows(q0, q1, frame.kv_start + frame.kv_len)
+        rows = self.rows(q0, q1, frame.limit)
         if rows is None:
             return st.constant(st.ABSENT | st.PARTIAL | st.FULL, last - first, frame.n_kv)
         return st.from_rows(rows, (edges[:-1] - a) // frame.bq, last - first, frame)
@@ -119,17 +132,8 @@ class Pattern(ABC):
         bq, bk = block_size(block)
         self.fits(q_len, kv_len, start)
         heads, samples = self.heads or 1, self.samples or 1
-        frame = st.Frame(start, q_len, 0, kv_len, bq, bk)
-        made: dict[Pattern, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         parts = [self.of(head, sample) for sample in range(samples) for head in range(heads)]
-        for part in parts:
-            if part not in made:
-                made[part] = _blocks(part, frame)
-        counts, indices, full = (_joined([made[part][n] for part in parts]) for n in range(3))
-        indptr = np.zeros(len(counts) + 1, dtype=np.int64)
-        np.cumsum(counts, out=indptr[1:])
-        arrays = (torch.from_numpy(x) for x in (indptr, indices, full))
-        return BlockLayout(*arrays, q_len, kv_len, (bq, bk), heads, samples)
+        return layout_of(parts, st.Frame(start, q_len, 0, kv_len, bq, bk, kv_len), heads, samples)
 
     def row_counts(self, q_len: int, kv_len: int, q_start: int | None = None) -> Int[Tensor, "{q_len}"]:
         """How many keys each query may see: ``n_i = #{j : allows(i, j)}``.
@@ -143,17 +147,17 @@ class Pattern(ABC):
                 f"row_counts() takes a pattern alike for all heads and samples, this one has heads={self.heads}, "
                 f"samples={self.samples}: ask pattern.of(head, sample)"
             )
-        first = torch.arange(start, start + q_len)
-        rows = self.rows(first, first + 1, kv_len)
-        if rows is not None:
-            return intervals.length(rows.any)
-        keys = torch.arange(kv_len)
         counts = torch.zeros(q_len, dtype=torch.long)
-        step = max(1, CHUNK // max(kv_len, 1))
-        for lo in range(0, q_len, step):
+        lo, step = 0, 64  # the first rows tell how many there can be at once
+        while lo < q_len:
             queries = torch.arange(lo, min(lo + step, q_len)) + start
-            allowed = self.allows(queries[:, None], keys[None])
-            counts[lo : lo + step] = allowed.expand(len(queries), kv_len).sum(-1)
+            rows = self.rows(queries, queries + 1, kv_len)
+            if rows is None:
+                allowed = self.allows(queries[:, None], torch.arange(kv_len)[None])
+                counts[lo : lo + step], size = allowed.expand(len(queries), kv_len).sum(-1), kv_len
+            else:
+                counts[lo : lo + step], size = intervals.length(rows.any), rows.any.shape[1]
+            lo, step = lo + step, max(1, CHUNK // max(size, 1) // 8)
         return counts
 
     def density(self, q_len: int, kv_len: int, q_start: int | None = None) -> float:
@@ -189,6 +193,31 @@ class Pattern(ABC):
         allowed = self.allows(torch.arange(start, start + q_len)[:, None], torch.arange(kv_len)[None])
         return "\n".join("".join("█" if x else "·" for x in row) for row in allowed.expand(q_len, kv_len).tolist())
 
+    def transpose(self) -> Pattern:
+        """The pattern with queries and keys swapped: it allows ``(k, q)`` where this allows ``(q, k)``."""
+        from regard.patterns.transposed import transpose
+
+        return transpose(self)
+
+    def snap(self, block: int | tuple[int, int], min_fill: float | int = 0.0) -> Pattern:
+        """Whole blocks: those of which more than ``min_fill`` is allowed become dense, the others are dropped.
+
+        Blocks are counted from position 0; ``min_fill`` lies in [0, 1). See `Snap`.
+        """
+        from regard.patterns.snap import Snap
+
+        return Snap(self, block_size(block), min_fill)
+
+    def permute(self, order: Order | Sequence[int] | Int[Tensor, "n_padded"]) -> Pattern:
+        """The pattern where position p holds the token ``order.forward[p]`` (-1: padding, which meets nothing).
+
+        An `Order`, or the indices themselves. A grid in `TileOrder` and rings in `RingOrder` keep their closed form;
+        anything else is evaluated pair by pair (``closed_form`` is False).
+        """
+        from regard.patterns.permuted import permute
+
+        return permute(self, order)
+
     def __and__(self, other: Pattern) -> Pattern:
         from regard.patterns.algebra import And
 
@@ -203,6 +232,27 @@ class Pattern(ABC):
         from regard.patterns.algebra import Not
 
         return Not(self)
+
+
+def layout_of(parts: list[Pattern], frame: st.Frame, heads: int = 1, samples: int = 1) -> BlockLayout:
+    """One layout of patterns that each tell no heads apart, in the order (sample, head); equal ones are made once."""
+    made: dict[Pattern, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for part in parts:
+        if part not in made:
+            made[part] = _blocks(part, frame)
+    counts, indices, full = (_joined([made[part][n] for part in parts]) for n in range(3))
+    indptr = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    return BlockLayout(
+        torch.from_numpy(indptr),
+        torch.from_numpy(indices),
+        torch.from_numpy(full),
+        frame.q_len,
+        frame.kv_len,
+        (frame.bq, frame.bk),
+        heads,
+        samples,
+    )
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

@@ -77,6 +77,11 @@ class Radial(StaticPattern):
             return -1
         return self.tokens - 1 if distance <= 1 else int(max(z * decay, block))
 
+    @property
+    def span(self) -> int:
+        """The tokens of the video."""
+        return self.frames * self.tokens
+
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """Refuse other lengths than ``frames * tokens`` keys, and queries beyond them."""
         need_shape(self, self.frames * self.tokens, q_len, kv_len, q_start)

@@ -55,6 +55,11 @@ class Rings(StaticPattern):
     def __post_init__(self) -> None:
         ring_count(self.height, self.width)
 
+    @property
+    def span(self) -> int:
+        """The tokens of the image."""
+        return self.height * self.width
+
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """Refuse other lengths than ``height * width`` keys, and queries beyond them."""
         need_shape(self, self.height * self.width, q_len, kv_len, q_start)

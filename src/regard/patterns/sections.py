@@ -13,10 +13,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from regard.patterns import intervals as iv
-from regard.patterns.algebra import _alike as alike
 from regard.patterns.pattern import Pattern, Rows
 from regard.patterns.segments import BlockCausal, Blocks
 from regard.patterns.static import Allowed, Index, StaticPattern, need_int
+from regard.patterns.wrapped import alike
 
 __all__ = ["BlockDiffusion", "Composed", "Sections"]
 
@@ -89,6 +89,11 @@ class Sections(Pattern):
         if self.heads is None and self.samples is None:
             return self
         return Sections(self.lengths, [[cell and cell.of(head, sample) for cell in row] for row in self.table])
+
+    @property
+    def span(self) -> int:
+        """The tokens of all sections."""
+        return self._bounds[-1]
 
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """Refuse queries or keys beyond the last section."""
@@ -167,6 +172,11 @@ class Composed(StaticPattern):
     @abstractmethod
     def whole(self) -> Pattern:
         """The pattern that the name stands for."""
+
+    @property
+    def span(self) -> int | None:
+        """As `whole`."""
+        return self.whole.span
 
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """As `whole`."""

@@ -108,6 +108,11 @@ class Segments(StaticPattern):
             return f"Segments({tuple(self.ids.tolist())})"
         return f"Segments({int(self._label.max()) + 1} segments in {len(self._start)} pieces, {self.length} positions)"
 
+    @property
+    def span(self) -> int:
+        """The positions covered."""
+        return self.length
+
     def fits(self, q_len: int, kv_len: int, q_start: int | None = None) -> None:
         """Refuse queries or keys beyond the covered positions."""
         start = resolve_q_start(q_len, kv_len, q_start)

@@ -71,6 +71,11 @@ class Plus(StaticPattern):
         need_int("height", self.height, 1)
         need_int("width", self.width, 1)
 
+    @property
+    def span(self) -> int:
+        """The cells of the grid."""
+        return self.height * self.width
+
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """Refuse other lengths than ``height * width`` keys, and queries beyond them."""
         need_shape(self, self.height * self.width, q_len, kv_len, q_start)

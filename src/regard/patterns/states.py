@@ -24,7 +24,7 @@ PAIRS = 1 << 22  # pairs of an open block evaluated at once
 
 
 class Frame(NamedTuple):
-    """Queries and keys that a layout covers, in absolute indices, and its block sizes."""
+    """Queries and keys that a layout covers, in absolute indices, its block sizes, and the number of keys there are."""
 
     q_start: int
     q_len: int
@@ -32,6 +32,7 @@ class Frame(NamedTuple):
     kv_len: int
     bq: int
     bk: int
+    limit: int
 
     @property
     def n_q(self) -> int:
@@ -102,6 +103,28 @@ def _pack(at: np.ndarray, bits: np.ndarray, rows: int, cols: int) -> States:
     """Drop the starts where nothing changes, but no start of a row."""
     keep = np.append(True, bits[1:] != bits[:-1]) | (at % cols == 0)
     return States(at[keep], bits[keep], rows, cols)
+
+
+def transposed(a: States) -> States:
+    """Rows and columns swapped."""
+    lengths = np.diff(a.at, append=a.rows * a.cols)
+    common = int(np.bincount(a.bits, weights=lengths, minlength=8).argmax())  # the state that most cells have
+    chosen = a.bits != common
+    cells, lengths = _cells(a, chosen)
+    row, col = np.divmod(cells, a.cols)
+    turned = col * a.rows + row
+    order = np.argsort(turned, kind="stable")
+    at, bits = turned[order], np.repeat(a.bits[chosen], lengths)[order]
+    # Each cell, and what follows it: the common state, unless the next cell is one of these too.
+    starts = constant(common, a.cols, a.rows)
+    each = States(
+        np.stack([at, at + 1], -1).ravel(), np.stack([bits, np.full_like(bits, common)], -1).ravel(), a.cols, a.rows
+    )
+    key = np.concatenate([starts.at * 4, each.at * 4 + np.tile([2, 1], len(at))])
+    order = np.argsort(key, kind="stable")
+    at, bits = key[order] >> 2, np.concatenate([starts.bits, each.bits])[order]
+    last = np.append(at[1:] != at[:-1], True) & (at < a.rows * a.cols)
+    return _pack(at[last], bits[last], a.cols, a.rows)
 
 
 def from_rows(rows: Rows, run_row: np.ndarray, n_rows: int, frame: Frame) -> States:
