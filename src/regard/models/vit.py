@@ -39,9 +39,9 @@ def mixers(window: int) -> dict[str, Mixer]:
 class Body(MapLayer):
     """Learned positions, then the blocks. What `PhaseAverage` runs at each phase: positions move with the windows."""
 
-    def __init__(self, dim: int, shape: tuple[int, int], blocks: Sequence[nn.Module], positions: bool):
+    def __init__(self, dim: int, shape: tuple[int, int], blocks: Sequence[nn.Module], position_std: float):
         super().__init__()
-        self.positions = nn.Parameter(0.02 * torch.randn(dim, *shape)) if positions else None
+        self.positions = nn.Parameter(position_std * torch.randn(dim, *shape)) if position_std > 0 else None
         self.blocks = nn.ModuleList(as_map(b) for b in blocks)
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch dim height width"]:
@@ -66,7 +66,9 @@ class ViT(nn.Module):
         window: of windowed, strided and neighborhood mixers.
         read_out: "pooled" (mean over tokens, then logits ``[batch, classes]``), "token" (logits of every token,
             ``[batch, classes, rows, columns]``) or "features" (the normed map ``[batch, dim, rows, columns]``).
-        positions: learned position embeddings.
+        embed_std: standard deviation of the initial patch embedding, which then has no bias, so that a blank patch is
+            its position alone; None: a convolution as PyTorch starts it, with a bias.
+        position_std: standard deviation of the initial position embeddings, which are learned; 0: none.
         conv: 3x3 depthwise convolutions in the blocks (DaViT). They reach over the borders of windows.
         phases: shifts of `PhaseAverage` over positions and blocks, (0,) for a plain model.
         mlp_ratio: of the blocks.
@@ -84,7 +86,8 @@ class ViT(nn.Module):
         patch: int = 1,
         window: int = 4,
         read_out: ReadOut = "pooled",
-        positions: bool = True,
+        embed_std: float | None = None,
+        position_std: float = 0.02,
         conv: bool = False,
         phases: Sequence[int | tuple[int, int]] = (0,),
         mlp_ratio: float = 4.0,
@@ -100,9 +103,11 @@ class ViT(nn.Module):
             raise ValueError("mixers must name at least one attention layer, got none")
         self.image, self.read_out = tuple(image), read_out
         self.shape = shape = (image[0] // patch, image[1] // patch)
-        self.embed = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.embed = nn.Conv2d(channels, dim, patch, stride=patch, bias=embed_std is None)
+        if embed_std is not None:
+            nn.init.normal_(self.embed.weight, std=embed_std)
         made = [_mixer(m, window)(dim, heads, shape) for m in mixers]
-        body = Body(dim, shape, [Block(dim, m, mlp_ratio, shape if conv else None) for m in made], positions)
+        body = Body(dim, shape, [Block(dim, m, mlp_ratio, shape if conv else None) for m in made], position_std)
         self.body: MapLayer = body if tuple(phases) == (0,) else PhaseAverage(body, phases)
         self.norm = nn.LayerNorm(dim)
         self.head: nn.Module = nn.Identity() if classes is None else nn.Linear(dim, classes)

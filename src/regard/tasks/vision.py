@@ -21,6 +21,23 @@ class Images(NamedTuple):
     x: Float[Tensor, "batch channels height width"]
     labels: Int[Tensor, "batch"] | Int[Tensor, "batch height width"]
 
+    def to(self, device: str | torch.device) -> Images:
+        """On another device."""
+        return Images(self.x.to(device), self.labels.to(device))
+
+
+def asked_loss(model: Any, images: Images) -> Tensor:
+    """Cross-entropy of what is asked; the model gives logits ``[batch, classes]`` or ``[batch, classes, h, w]``."""
+    return torch.nn.functional.cross_entropy(model(images.x), images.labels, ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def asked_accuracy(model: Any, images: Images, batch: int = 256) -> float:
+    """Share of what is asked that the model gets right."""
+    parts = zip(images.x.split(batch), images.labels.split(batch), strict=True)
+    right = torch.cat([(model(x).argmax(1) == labels)[labels != IGNORED] for x, labels in parts])
+    return float(right.double().mean())
+
 
 @dataclass(frozen=True)
 class SameMark:
