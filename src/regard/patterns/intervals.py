@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -14,24 +15,27 @@ def clip(sets: Int[Tensor, "rows m 2"], limit: int) -> Int[Tensor, "rows m_out 2
     rows, m = sets.shape[:2]
     if rows == 0 or m == 0:
         return sets.new_zeros(rows, 0, 2)
-    lo, hi = sets.clamp(0, limit).unbind(-1)
+    lo, hi = np.ascontiguousarray(np.moveaxis(sets.cpu().numpy(), -1, 0).clip(0, limit))
     there = lo < hi
-    if m > 1 and (torch.where(there, lo, -1).cummax(1).values > torch.where(there, lo, limit)).any():
-        lo, order = torch.where(there, lo, limit).sort(dim=1)  # empties sort last
-        hi, there = hi.gather(1, order), there.gather(1, order)
-    reach = torch.where(there, hi, -1).cummax(dim=1).values
-    opens = there.clone()
+    if not (lo[:, 1:] >= lo[:, :-1]).all() and (
+        np.maximum.accumulate(np.where(there, lo, -1), axis=1) > np.where(there, lo, limit)
+    ).any():
+        order = np.where(there, lo, limit).argsort(axis=1)  # empties sort last
+        lo, hi, there = (np.take_along_axis(x, order, 1) for x in (lo, hi, there))
+    reach = np.maximum.accumulate(np.where(there, hi, -1), axis=1)
+    opens = there.copy()
     opens[:, 1:] &= lo[:, 1:] > reach[:, :-1]
-    if opens.all():
-        return torch.stack([lo, hi], dim=-1)
-    count = opens.cumsum(1)
-    closes = count > 0  # an interval ends before the next one opens, the last one at the end of the row
+    closes = reach >= 0  # an interval ends before the next one opens, the last one at the end of the row
     closes[:, :-1] &= opens[:, 1:]
-    total = count[:, -1]
-    out = sets.new_zeros(rows, int(total.max()), 2)
-    place = torch.arange(out.shape[1], device=out.device) < total[:, None]
-    out[place] = torch.stack([lo[opens], reach[closes]], dim=-1)
-    return out
+    total = opens.sum(1)
+    width = int(total.max())
+    found = np.stack([lo[opens], reach[closes]], axis=-1)
+    if (total == width).all():
+        out = found.reshape(rows, width, 2)
+    else:
+        out = np.zeros((rows, width, 2), found.dtype)
+        out[np.arange(width) < total[:, None]] = found
+    return torch.from_numpy(out).to(sets.device)
 
 
 def union(a: Int[Tensor, "rows m 2"], b: Int[Tensor, "rows n 2"], limit: int) -> Int[Tensor, "rows k 2"]:
