@@ -28,13 +28,15 @@ def to_block_mask(
     from torch.nn.attention.flex_attention import BlockMask
 
     start = layout.kv_len - layout.q_len if q_start is None else q_start
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return pattern.allows(q + start, k, h, b)
-
     partial, full = _table(layout, ~layout.full), _table(layout, layout.full)
     lengths = (layout.q_len, layout.kv_len)
-    made = BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=layout.block, mask_mod=mask_mod, seq_lengths=lengths)
+    made = BlockMask.from_kv_blocks(
+        *partial,
+        *full,
+        BLOCK_SIZE=layout.block,
+        mask_mod=lambda b, h, q, k: pattern.allows(q + start, k, h, b),  # a type checker wraps functions, not lambdas
+        seq_lengths=lengths,
+    )
     return made if device is None else made.to(device)
 
 
