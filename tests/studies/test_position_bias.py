@@ -1,4 +1,4 @@
-"""Position bias, shrunk: closed forms hold and break where they should, every claim is judged, controls are controls."""
+"""Position bias, shrunk: closed forms hold and break where they should, every claim is judged, the control is one."""
 
 import numpy as np
 import pytest

@@ -44,7 +44,7 @@ CLAIMS = [
     ),
     Claim(
         "centers",
-        "all influence moves to the tokens that reach everyone: token 0 under windows too, the prefix under a prefix mask",
+        "all influence moves to the tokens that reach everyone: token 0, under windows too, or the prefix",
         kind="mechanism",
         paper="the same limit under windows, at a rate set by ceil((N-1)/(w-1)) hops; shared by the prefix tokens",
         ours="least share of the centres in the last of 64 tokens after 500 layers, over four masks",
