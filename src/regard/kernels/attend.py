@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -16,12 +15,11 @@ from regard.patterns.pattern import Pattern
 
 __all__ = ["BACKENDS", "Backend", "attend", "choose"]
 
-_ALL = {
+BACKENDS = {
     "reference": "regard.kernels.reference",
     "blocked": "regard.kernels.blocked",
     "flex": "regard.kernels.flex",
 }
-BACKENDS = {name: module for name, module in _ALL.items() if importlib.util.find_spec(module)}
 DENSE_LIMIT = 1 << 26  # pairs that "auto" gives to `reference`, where no other backend takes the call
 
 
@@ -36,7 +34,12 @@ class Backend(Protocol):
         """``(out [batch, heads, q_len, v_dim] in q's dtype, lse [batch, heads, q_len] or None)``."""
 
     def describe(self, request: Request) -> dict[str, Any]:
-        """What it would do, for `explain`: at least ``operations`` and ``bytes`` of the forward pass."""
+        """What it would do in the forward pass, for `explain`.
+
+        ``kernel`` (what computes a tile), ``order`` (of the tokens), ``block`` (list of block sizes; none: dense),
+        ``blocks`` and ``full`` (listed blocks over all heads and samples, and those without a mask), ``computed``
+        (pairs), ``operations``, ``bytes``.
+        """
 
 
 def backend(name: str) -> Backend:
@@ -55,8 +58,6 @@ def choose(request: Request) -> tuple[str, dict[str, str]]:
     gpu = request.q.device.type == "cuda"
     left = {} if gpu else {"flex": "compiles for seconds on a CPU; taken there only when named"}
     for name in ("flex", "blocked") if gpu else ("blocked",):
-        if name not in BACKENDS:
-            continue
         why = backend(name).refuses(request)
         if why is None:
             left.setdefault("reference", "computes every pair, allowed or not")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from regard.kernels import blocked_flash, blocked_math
+from regard.kernels.blocked_plan import FULL
 from regard.kernels.blocked_strips import Call, strips
 from regard.kernels.normalize import Softmax
 from regard.kernels.request import Request
@@ -23,7 +24,9 @@ __all__ = ["describe", "refuses", "run"]
 
 
 def refuses(request: Request) -> str | None:
-    """Nothing is refused."""
+    """Normalisers that need whole rows."""
+    if request.normalize.tier == "rows":
+        return f"{request.normalize} needs whole rows of scores, and this works tile by tile"
     return None
 
 
@@ -55,7 +58,7 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
 def describe(request: Request) -> dict[str, Any]:
     """Blocks, density, operations and bytes of the forward pass."""
     r = request
-    pairs = listed = moved = 0
+    pairs = listed = full = moved = 0
     order = set()
     block = set()
     for strip in strips(_call(r), r.q, r.k):
@@ -64,19 +67,20 @@ def describe(request: Request) -> dict[str, Any]:
         plan = strip.plan
         pairs += heads * plan.pairs
         listed += heads * len(plan.blocks.anchor)
+        full += heads * int((plan.blocks.kind == FULL).sum())
         width = (r.head_dim + r.v_dim) * r.k.element_size()
         moved += sum(2 * kv_heads * len(b) * b.n * width for b in plan.batches if b.shift is None)
         order.add(plan.order)
         block.add(plan.blocks.block)
     inputs = sum(x.numel() * x.element_size() for x in (r.q, r.k, r.v))
     outputs = r.batch * r.heads * r.q_len * (r.v_dim * r.q.element_size() + 4)
-    every = max(1, r.batch * r.heads * r.q_len * r.kv_len)
     return {
         "kernel": "flash attention of the CPU" if _fused(r) else "plain PyTorch",
         "order": ", ".join(sorted(order)),
         "block": sorted(block),
         "blocks": listed,
-        "density": pairs / every,
+        "full": full,
+        "computed": pairs,
         "operations": 2 * (r.head_dim + r.v_dim) * pairs,
         "bytes": inputs + outputs + moved,
     }

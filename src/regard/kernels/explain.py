@@ -11,7 +11,6 @@ from regard.kernels.attend import backend as backend_named
 from regard.kernels.attend import choose
 from regard.kernels.calibrate import Rates, rates
 from regard.kernels.request import Request, make_request
-from regard.patterns.layout import BlockLayout
 from regard.patterns.pattern import Pattern
 
 __all__ = ["Explanation", "explain"]
@@ -29,12 +28,16 @@ class Explanation:
     """What the normaliser needs of a kernel: "fused" or "tiles"."""
     closed_form: bool
     """Blocks follow from intervals; False: the pairs were evaluated to find them."""
-    layout: BlockLayout | None
-    """None for a backend that computes every pair."""
+    kernel: str
+    """What computes a tile."""
     order: str
     """In which order the blocks are cut: memory order, or tiles of a grid."""
-    repeats: int
-    """How many times the layout is worked through: samples and heads that share it."""
+    block: list[tuple[int, int]]
+    """Sizes of the blocks, (queries, keys); none for a backend that computes every pair."""
+    blocks: int
+    """Listed blocks, over all samples and heads."""
+    full: int
+    """Listed blocks that need no mask."""
     pairs: int
     """batch * heads * q_len * kv_len."""
     allowed: int
@@ -44,20 +47,11 @@ class Explanation:
     operations: int
     """``2 (head_dim + v_dim)`` for each computed pair."""
     bytes: int
-    """q and out once; k and v as often as a block of queries reads them."""
+    """Read and written."""
     rates: Rates
     predicted: float
-    """Seconds: operations at the dense kernel's rate or bytes at copy speed, whichever takes longer."""
-
-    @property
-    def blocks(self) -> int:
-        """Listed blocks, over all samples and heads; 0 without a layout."""
-        return 0 if self.layout is None else self.layout.n_blocks * self.repeats
-
-    @property
-    def full(self) -> int:
-        """Listed blocks that need no mask."""
-        return 0 if self.layout is None else int(self.layout.full.sum()) * self.repeats
+    """Seconds: operations at the dense kernel's rate or bytes at copy speed, whichever takes longer (of the dense
+    backend, one after the other)."""
 
     @property
     def partial(self) -> int:
@@ -73,14 +67,14 @@ class Explanation:
         source = "closed form" if self.closed_form else "evaluated pair by pair: the pattern has no closed form"
         lines = [f"{self.pattern}", f"backend     {self.backend} ({self.tier} normaliser)"]
         lines += [f"            not {name}: {why}" for name, why in self.left.items()]
-        if self.layout is not None:
-            bq, bk = self.layout.block
+        if self.block:
+            sizes = ", ".join(f"{a} x {b}" for a, b in self.block)
             lines += [
-                f"blocks      {self.blocks:,} of {bq} x {bk} ({self.full:,} full, {self.partial:,} partial), {source}, "
-                f"{self.order}"
+                f"blocks      {self.blocks:,} of {sizes} ({self.full:,} full, {self.partial:,} partial), {source}, "
+                f"{self.order}, {self.kernel}"
             ]
         else:
-            lines += ["blocks      none: every pair is computed"]
+            lines += [f"blocks      none: every pair is computed, {self.kernel}"]
         share = self.computed / self.pairs if self.pairs else 0.0
         lines += [
             f"density     {self.density:.4f} of {self.pairs:,} pairs allowed, {share:.4f} computed",
@@ -114,57 +108,22 @@ def explain(
         if why is not None:
             raise ValueError(f'backend="{name}" refuses this call: {why}')
     told = backend_named(name).describe(r)
-    layout = told.get("layout")
-    width = r.head_dim + r.v_dim
-    pairs = r.batch * r.heads * r.q_len * r.kv_len
-    if layout is None:
-        repeats, computed = 1, pairs
-    else:
-        repeats = r.batch // layout.samples * (r.heads // layout.heads)
-        computed = _area(layout) * repeats
-    operations = told.get("operations", 2 * width * computed)
-    moved = told.get("bytes", _bytes(r, layout))
     speed = rates(r.q.device, r.q.dtype, r.head_dim, r.v_dim)
-    compute, memory = operations / speed.attention, moved / speed.copy
+    compute, memory = told["operations"] / speed.attention, told["bytes"] / speed.copy
     return Explanation(
         pattern=r.pattern,
         backend=name,
         left=left,
         tier=r.normalize.tier,
         closed_form=r.pattern.closed_form,
-        layout=layout,
-        order=told.get("order", "memory order"),
-        repeats=repeats,
-        pairs=pairs,
+        pairs=r.batch * r.heads * r.q_len * r.kv_len,
         allowed=_allowed(r),
-        computed=computed,
-        operations=operations,
-        bytes=moved,
         rates=speed,
-        predicted=compute + memory if layout is None else max(compute, memory),
+        predicted=max(compute, memory) if told["block"] else compute + memory,
+        **told,
     )
 
 
 def _allowed(r: Request) -> int:
     told_apart = (r.pattern.heads or 1) * (r.pattern.samples or 1)
     return r.pattern.flops(r.q_len, r.kv_len, 1, 0, r.q_start) // 2 * (r.batch * r.heads // told_apart)
-
-
-def _area(layout: BlockLayout) -> int:
-    """Pairs in listed blocks."""
-    i, j = layout.rows % max(layout.n_q_blocks, 1), layout.indices.long()
-    rows = (layout.q_len - i * layout.block[0]).clamp(max=layout.block[0])
-    return int((rows * _keys(layout, j)).sum())
-
-
-def _keys(layout: BlockLayout, j: Tensor) -> Tensor:
-    return (layout.kv_len - j * layout.block[1]).clamp(max=layout.block[1])
-
-
-def _bytes(r: Request, layout: BlockLayout | None) -> int:
-    """A kv head is read once for its whole group, unless heads have blocks of their own."""
-    keys = r.batch * r.kv_heads * r.kv_len
-    if layout is not None:
-        shared = r.kv_heads if layout.heads == 1 else 1
-        keys = int(_keys(layout, layout.indices.long()).sum()) * (r.batch // layout.samples) * shared
-    return r.q.element_size() * (r.batch * r.heads * r.q_len + keys) * (r.head_dim + r.v_dim)

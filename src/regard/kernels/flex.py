@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.kernels.normalize import Softmax
 from regard.kernels.partial import partial_tiles
 from regard.kernels.request import Request
 from regard.patterns.grid import Grid
@@ -35,7 +34,7 @@ _KEPT = 16  # prepared patterns
 def refuses(request: Request) -> str | None:
     """Why FlexAttention cannot compute this exactly, or None."""
     r = request
-    if not isinstance(r.normalize, Softmax):
+    if r.normalize.tier != "fused":
         return f"FlexAttention has the softmax alone, not {r.normalize}"
     if r.q.dtype not in _CPU_DTYPES:
         return f"FlexAttention computes in float32, bfloat16 and float16, not {r.q.dtype}"
@@ -105,10 +104,25 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
 
 
 def describe(request: Request) -> dict[str, Any]:
-    """The layout it would run on; every pair of a listed block is computed."""
-    layout, grid = _layout(request)
-    order = "memory order" if grid is None else f"tiles of {'x'.join(map(str, grid.q_order.tile))}"
-    return {"layout": layout, "order": order}
+    """The blocks it would run on; every pair of a listed block is computed, and k and v read for each."""
+    r = request
+    layout, grid = _layout(r)
+    repeats = r.batch // layout.samples * (r.heads // layout.heads)
+    i, j = layout.rows % max(layout.n_q_blocks, 1), layout.indices.long()
+    rows = (layout.q_len - i * BLOCK).clamp(max=BLOCK)
+    keys = (layout.kv_len - j * BLOCK).clamp(max=BLOCK)
+    computed = int((rows * keys).sum()) * repeats
+    width = r.head_dim + r.v_dim
+    return {
+        "kernel": "FlexAttention",
+        "order": "memory order" if grid is None else f"tiles of {'x'.join(map(str, grid.q_order.tile))}",
+        "block": [layout.block],
+        "blocks": layout.n_blocks * repeats,
+        "full": int(layout.full.sum()) * repeats,
+        "computed": computed,
+        "operations": 2 * width * computed,
+        "bytes": r.q.element_size() * width * (r.batch * r.heads * r.q_len + int(keys.sum()) * repeats),
+    }
 
 
 @cache

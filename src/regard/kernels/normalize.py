@@ -3,7 +3,8 @@
 A `Normalizer` is an immutable value and says its tier, which is what a kernel must be able to do for it:
 
 - ``fused``: any attention kernel has it;
-- ``tiles``: one pass over tiles with two sums a row, ``sum phi v`` and ``sum phi``.
+- ``tiles``: one pass over tiles with two sums a row, ``sum phi v`` and ``sum phi``;
+- ``rows``: whole rows of scores at once, which the dense backend alone has.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 __all__ = ["PHI", "Elementwise", "Normalizer", "Softmax"]
 
-Tier = Literal["fused", "tiles"]
+Tier = Literal["fused", "tiles", "rows"]
 
 PHI: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,

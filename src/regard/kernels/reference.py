@@ -41,4 +41,13 @@ def describe(request: Request) -> dict[str, Any]:
     r = request
     pairs = r.batch * r.heads * r.q_len * r.kv_len
     ends = r.batch * (r.heads * r.q_len + r.kv_heads * r.kv_len) * (r.head_dim + r.v_dim) * r.q.element_size()
-    return {"bytes": ends + 4 * pairs * r.work_dtype.itemsize}
+    return {
+        "kernel": "plain PyTorch",
+        "order": "memory order",
+        "block": [],
+        "blocks": 0,
+        "full": 0,
+        "computed": pairs,
+        "operations": 2 * (r.head_dim + r.v_dim) * pairs,
+        "bytes": ends + 4 * pairs * r.work_dtype.itemsize,
+    }
