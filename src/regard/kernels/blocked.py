@@ -47,12 +47,17 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
         # Half precision stays as it is where the kernel is fast in it: bfloat16, not float16.
         work = torch.float32 if r.q.dtype == torch.float16 else r.q.dtype
         width = max(r.head_dim, r.v_dim)
-        q, k, v = (F.pad(x.to(work), (0, width - x.shape[-1])) for x in (r.q, r.k, r.v))
+        q, k, v = (_wide(x.to(work), width) for x in (r.q, r.k, r.v))
         out, lse = _Flash.apply(q, k, v, _call(r))
         return out[..., : r.v_dim].to(r.q.dtype), lse if r.need_lse else None
     work = r.work_dtype
     out, lse = _Math.apply(r.q.to(work), r.k.to(work), r.v.to(work), r.bias, _call(r), r.normalize.has_lse())
     return out.to(r.q.dtype), lse if r.need_lse else None
+
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    """With columns of zeros up to this width: the flash kernel has one width for keys and values."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def describe(request: Request) -> dict[str, Any]:

@@ -27,7 +27,7 @@ __all__ = ["Plan", "make_plan"]
 
 BASE = 64  # the finest block of tokens in a row; coarser ones are tried
 COARSER = (1, 2, 3, 4, 6, 8, 12, 16)
-COPY = 6  # a gathered key costs as much as so many pairs
+COPY = 12  # a gathered key costs as much as so many pairs
 CALL = 10_000  # a call of the kernel costs as much as so many pairs
 PAIRS = 1 << 29  # in partial blocks whose masks are looked at beforehand; beyond, in each call
 GRID_TILES = (32, 256)  # fewest and most queries of a tile of a grid
@@ -97,21 +97,21 @@ def _make(pattern: Pattern, q_len: int, kv_len: int, q_start: int, keys: bool, l
             if tiles is not None and tiled_cost < cost:
                 return _tiled(pattern, *tiles, keys)
     blocks = _blocks(layout, pattern, q_start)
-    axes = Axis(layout.block[0], q_len), Axis(layout.block[1], kv_len)
+    anchor, other = Axis(layout.block[0], q_len), Axis(layout.block[1], kv_len)
     if keys:
-        blocks, axes = blocks.flip(), axes[::-1]
-    return Plan(blocks, make_batches(blocks), *axes, None, "memory order")
+        blocks, anchor, other = blocks.flip(), other, anchor
+    return Plan(blocks, make_batches(blocks), anchor, other, None, "memory order")
 
 
 def _tiled(grid: Grid, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], keys: bool) -> Plan:
     tiled = grid.tiled(q_tile, kv_tile)
     blocks = _blocks(tiled.layout, grid, 0, tiled.mask)
-    orders = tiled.q_order, tiled.kv_order
-    axes = tuple(Axis(prod(o.tile), o.n_padded, o.forward.clamp(min=0)) for o in orders)
+    first, second = tiled.q_order, tiled.kv_order
     if keys:
-        blocks, axes, orders = blocks.flip(), axes[::-1], orders[::-1]
-    anchor = "x".join(map(str, orders[0].tile))
-    return Plan(blocks, make_batches(blocks, views=False), *axes, orders[0].inverse, f"tiles of {anchor}")
+        blocks, first, second = blocks.flip(), second, first
+    anchor, other = (Axis(prod(o.tile), o.n_padded, o.forward.clamp(min=0)) for o in (first, second))
+    name = f"tiles of {'x'.join(map(str, first.tile))}"
+    return Plan(blocks, make_batches(blocks, views=False), anchor, other, first.inverse, name)
 
 
 def _blocks(
@@ -155,7 +155,7 @@ def _shifted(pattern: Pattern, offset: Tensor, block: tuple[int, int], q_start: 
     return pattern.allows(q[:, :, None], k[:, None]).expand(len(offset), *block)
 
 
-def _speed(size: int | np.ndarray, n: int | np.ndarray, keys: bool) -> np.ndarray:
+def _speed(size: float | np.ndarray, n: float | np.ndarray, keys: bool) -> np.ndarray:
     """Share of its best speed that the kernel reaches on tiles of `size` anchors by `n`.
 
     It cuts queries by 32 up to 191 of them, by 64 up to 767 and by 256 from there, and the larger products are faster.

@@ -40,14 +40,28 @@ def _pair(x: Tensor, y: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
     return x, y.transpose(0, 1).expand(-1, x.shape[1], -1, -1)
 
 
-def _mask(batch: Batch, strip: Strip, tiles: slice, q: Tensor, n: int, keys: bool) -> Tensor | None:
-    allow = allowed(batch, strip.plan.blocks, tiles)
-    if allow is None:
-        return None
-    bias = additive(allow.transpose(1, 2) if keys else allow, q.dtype, q.device)
-    assert bias is not None
-    bias = bias[:, None] if strip.shared else bias[None]
-    return bias.expand(*q.shape[:3], n)
+class _Masks:
+    """Additive masks of a batch; one that all tiles share is made once."""
+
+    def __init__(self, batch: Batch, strip: Strip, dtype: torch.dtype, keys: bool) -> None:
+        self.batch, self.strip, self.dtype, self.keys = batch, strip, dtype, keys
+        alike = batch.which is None and batch.kinds is None
+        self.shared = self._make(slice(None)) if alike else None
+        self.each = not alike
+
+    def _make(self, tiles: slice) -> Tensor | None:
+        allow = allowed(self.batch, self.strip.plan.blocks, tiles)
+        if allow is None:
+            return None
+        return additive(allow.transpose(1, 2).contiguous() if self.keys else allow, self.dtype)
+
+    def of(self, tiles: slice, q: Tensor) -> Tensor | None:
+        """``[.., .., queries, keys]`` for query tiles as the kernel takes them."""
+        mask = self._make(tiles) if self.each else self.shared
+        if mask is None:
+            return None
+        mask = mask[:, None] if self.strip.shared else mask[None]
+        return mask.expand(*q.shape[:2], *mask.shape[2:])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -55,8 +69,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=_carry(q))
     q_flat, k_flat, v_flat, out_flat, lse_flat = flat(q), flat(k), flat(v), out.flatten(0, 1), lse.flatten(0, 1)
     for strip in strips(call, q, k):
-        o, s = _forward(strip, q_flat[strip.q], k_flat[strip.kv], v_flat[strip.kv], call.scale, lse.dtype)
-        out_flat[strip.q], lse_flat[strip.q] = o, s
+        into = (out_flat[strip.q], lse_flat[strip.q])
+        here = isinstance(strip.q, slice) and strip.plan.place is None
+        o, s = _forward(strip, q_flat[strip.q], k_flat[strip.kv], v_flat[strip.kv], call.scale, *into, here)
+        if not here:
+            out_flat[strip.q], lse_flat[strip.q] = o, s
     return out, lse
 
 
@@ -64,17 +81,24 @@ def _carry(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _forward(strip: Strip, q: Tensor, k: Tensor, v: Tensor, scale: float, carry: torch.dtype) -> tuple[Tensor, Tensor]:
+def _forward(
+    strip: Strip, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, here: bool
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of a strip, in the tensors given where that is `here`."""
     plan, width = strip.plan, q.shape[-1]
-    shape = (len(q), plan.anchor.length)
-    out = q.new_empty(*shape, width) if plan.covers else q.new_zeros(*shape, width)
-    lse = q.new_empty(shape, dtype=carry) if plan.covers else q.new_full(shape, -torch.inf, dtype=carry)
+    if not here:
+        shape = (len(q), plan.anchor.length)
+        out, lse = q.new_empty(*shape, width), lse.new_empty(shape)
+    if not plan.covers:
+        out.zero_()
+        lse.fill_(-torch.inf)
     buffers: list[Tensor | None] = [None, None]
     for batch in plan.batches:
         gathers = batch.shift is None
         each = 2 * len(k) * batch.n * width * k.element_size() if gathers else 0
         if batch.which is not None or batch.kinds is not None:
             each += batch.size * batch.n * q.element_size()
+        masks = _Masks(batch, strip, q.dtype, False)
         for tiles in _chunks(batch, each):
             count = len(range(*tiles.indices(len(batch))))
             if gathers:
@@ -82,8 +106,7 @@ def _forward(strip: Strip, q: Tensor, k: Tensor, v: Tensor, scale: float, carry:
             qt = take(q, batch, plan.anchor, tiles, True)
             kt, vt = (take(x, batch, plan.other, tiles, False, b) for x, b in zip((k, v), buffers, strict=True))
             (qs, ks), (_, vs) = _pair(qt, kt, strip.shared), _pair(qt, vt, strip.shared)
-            mask = _mask(batch, strip, tiles, qs, batch.n, False)
-            o, s = _flash(qs, ks, vs, 0.0, False, attn_mask=mask, scale=scale)
+            o, s = _flash(qs, ks, vs, 0.0, False, attn_mask=masks.of(tiles, qs), scale=scale)
             if strip.shared:
                 o, s = o.transpose(0, 1), s.transpose(0, 1)
             put_anchor(out, batch, plan.anchor, tiles, o)
@@ -135,6 +158,7 @@ def _backward(
     buffers: list[Tensor | None] = [None, None, None]
     for batch in plan.batches:
         each = len(q) * batch.n * width * q.element_size() * (4 if batch.shift is None else 1)
+        masks = _Masks(batch, strip, q.dtype, True)
         for tiles in _chunks(batch, each):
             count = len(range(*tiles.indices(len(batch))))
             if batch.shift is None:
@@ -147,7 +171,7 @@ def _backward(
             (qs, ks), (os, vs), (ds, _), (ss, _) = (
                 _pair(a, b, strip.shared) for a, b in ((qt, kt), (ot, vt), (dt, kt), (st, kt))
             )
-            mask = _mask(batch, strip, tiles, qs, batch.size, True)
+            mask = masks.of(tiles, qs)
             gq, gk, gv = _flash_backward(ds, qs, ks, vs, os, ss[..., 0], 0.0, False, attn_mask=mask, scale=scale)
             if strip.shared:
                 gq, gk, gv = gq.transpose(0, 1), gk.sum(1)[None], gv.sum(1)[None]

@@ -141,7 +141,7 @@ def backward(
             inputs.append(piece.detach().requires_grad_())
             piece = inputs[3]
         with torch.enable_grad():
-            found = _tile(call, *inputs[:3], piece, allow)
+            found = _tile(call, inputs[0], inputs[1], inputs[2], piece, allow)
         grads = [dt]
         if sf is not None:
             grads.append(take(sf[strip.q], batch, plan.anchor, tiles, True)[..., 0])

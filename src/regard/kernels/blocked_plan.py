@@ -100,7 +100,7 @@ class Blocks:
 
 
 def make_batches(blocks: Blocks, views: bool = True) -> list[Batch]:
-    """The batches of all anchor blocks that meet anything. ``views=False``: tokens are reordered, so all is gathered."""
+    """The batches of all anchor blocks that meet anything. ``views=False``: tokens are reordered, and gathered."""
     rows, first = np.unique(blocks.anchor, return_index=True)
     if not len(rows):
         return []

@@ -74,8 +74,20 @@ def take(x: Tensor, batch: Batch, axis: Axis, tiles: slice, anchor: bool, buffer
         return _view(x, first, batch.step * axis.block, hi - lo, batch.size)
     if axis.order is None and not anchor and batch.shift is not None:
         return _view(x, batch.start + lo * batch.shift, batch.shift, hi - lo, batch.n)
+    if not anchor and _whole(batch, axis, x.shape[1]):
+        assert batch.blocks is not None
+        strips, length, width = x.shape
+        found = _select(x.view(strips, -1, axis.block * width), batch.blocks[tiles], buffer)
+        return found.view(strips, hi - lo, batch.n, width)
     positions = (anchor_tokens if anchor else other_tokens)(batch, axis, tiles)
     return _select(x, axis.at(positions), buffer)
+
+
+def _whole(batch: Batch, axis: Axis, length: int) -> bool:
+    """Whether the tokens of each tile are whole blocks in memory."""
+    if axis.order is not None or batch.blocks is None or length % axis.block:
+        return False
+    return batch.n == batch.blocks.shape[1] * axis.block
 
 
 def put_anchor(x: Tensor, batch: Batch, axis: Axis, tiles: slice, values: Tensor) -> None:
@@ -106,7 +118,8 @@ def add_other(x: Tensor, batch: Batch, axis: Axis, tiles: slice, values: Tensor)
             _view(x, batch.start + lo * step + part, step, hi - lo, end - part).add_(values[:, :, part:end])
         return
     b = axis.block
-    if axis.order is None and batch.blocks is not None and length % b == 0 and batch.n == batch.blocks.shape[1] * b:
+    if _whole(batch, axis, length):
+        assert batch.blocks is not None
         rows, per = batch.blocks[tiles].flatten(), length // b
         to, add = x.view(strips * per, b * width), values.reshape(-1, b * width)
     else:
@@ -125,9 +138,6 @@ def allowed(batch: Batch, blocks: Blocks, tiles: slice) -> Tensor | None:
     return batch.masks if batch.which is None else batch.masks[batch.which[tiles]]
 
 
-def additive(allow: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def additive(allow: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where allowed, -inf where not."""
-    if allow is None:
-        return None
-    forbidden = torch.full((), -torch.inf, dtype=dtype, device=device)
-    return torch.where(allow.to(device), torch.zeros((), dtype=dtype, device=device), forbidden)
+    return torch.zeros(allow.shape, dtype=dtype).masked_fill_(~allow, -torch.inf)
