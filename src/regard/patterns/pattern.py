@@ -21,6 +21,7 @@ from regard.patterns.layout import BlockLayout, block_size
 
 if TYPE_CHECKING:
     from regard.patterns.order import Order
+    from regard.patterns.picture import Picture
 
 __all__ = ["Pattern", "Rows", "resolve_q_start"]
 
@@ -181,17 +182,24 @@ class Pattern(ABC):
         pairs = sum(n * int(part.row_counts(q_len, kv_len, q_start).sum()) for part, n in parts.items())
         return 2 * (head_dim + (head_dim if v_dim is None else v_dim)) * pairs
 
-    def show(self, q_len: int = 24, kv_len: int | None = None, q_start: int | None = None) -> str:
-        """A picture in text: one line a query, ``█`` for an allowed pair, ``·`` for a forbidden one."""
+    def show(
+        self,
+        q_len: int = 24,
+        kv_len: int | None = None,
+        q_start: int | None = None,
+        block: int | tuple[int, int] | None = None,
+    ) -> Picture:
+        """A picture: queries downwards, keys rightwards; ``kv_len`` None: as many as queries.
+
+        In a terminal ``█`` is an allowed pair and ``·`` a forbidden one; a notebook shows SVG; ``.save("x.svg")``
+        (``.png``, ``.txt``) writes a file. More than 65536 pairs are drawn as the density of at most 64 x 64 cells,
+        estimated from 64 queries of each row of cells. With ``block``, full, partial (``▒``) and absent blocks, at most
+        64 x 64 of them: more are put together.
+        """
+        from regard.patterns.picture import draw
+
         kv_len = q_len if kv_len is None else kv_len
-        if q_len * kv_len > 1 << 16:
-            raise ValueError(
-                f"show() draws one character a pair and takes at most 65536 pairs, got {q_len} x {kv_len}; "
-                "pass a smaller q_len and kv_len, with q_start to look further down"
-            )
-        start = resolve_q_start(q_len, kv_len, q_start)
-        allowed = self.allows(torch.arange(start, start + q_len)[:, None], torch.arange(kv_len)[None])
-        return "\n".join("".join("█" if x else "·" for x in row) for row in allowed.expand(q_len, kv_len).tolist())
+        return draw(self, q_len, kv_len, resolve_q_start(q_len, kv_len, q_start), block)
 
     def transpose(self) -> Pattern:
         """The pattern with queries and keys swapped: it allows ``(k, q)`` where this allows ``(q, k)``."""

@@ -16,7 +16,22 @@ import torch
 if TYPE_CHECKING:
     from regard.patterns.pattern import Pattern, Rows
 
-__all__ = ["AND", "OR", "Frame", "States", "combine", "complement", "constant", "expand", "from_rows", "settle"]
+__all__ = [
+    "ABSENT",
+    "AND",
+    "FULL",
+    "OR",
+    "PARTIAL",
+    "Frame",
+    "States",
+    "combine",
+    "complement",
+    "constant",
+    "expand",
+    "from_rows",
+    "settle",
+    "transposed",
+]
 
 ABSENT, PARTIAL, FULL = 1, 2, 4  # sets of them: what the block may be
 OPEN = np.array([bin(s).count("1") > 1 for s in range(8)])
