@@ -155,7 +155,7 @@ def _shifted(pattern: Pattern, offset: Tensor, block: tuple[int, int], q_start: 
     return pattern.allows(q[:, :, None], k[:, None]).expand(len(offset), *block)
 
 
-def _speed(size: float | np.ndarray, n: float | np.ndarray, keys: bool) -> np.ndarray:
+def _speed(size: float | int | np.ndarray, n: float | int | np.ndarray, keys: bool) -> np.ndarray:
     """Share of its best speed that the kernel reaches on tiles of `size` anchors by `n`.
 
     It cuts queries by 32 up to 191 of them, by 64 up to 767 and by 256 from there, and the larger products are faster.

@@ -76,7 +76,7 @@ def take(x: Tensor, batch: Batch, axis: Axis, tiles: slice, anchor: bool, buffer
         return _view(x, batch.start + lo * batch.shift, batch.shift, hi - lo, batch.n)
     if not anchor and _whole(batch, axis, x.shape[1]):
         assert batch.blocks is not None
-        strips, length, width = x.shape
+        strips, width = x.shape[0], x.shape[2]
         found = _select(x.view(strips, -1, axis.block * width), batch.blocks[tiles], buffer)
         return found.view(strips, hi - lo, batch.n, width)
     positions = (anchor_tokens if anchor else other_tokens)(batch, axis, tiles)
