@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -10,7 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from regard.patterns import intervals as iv
-from regard.patterns.pattern import Rows
+from regard.patterns.layout import BlockLayout, block_size
+from regard.patterns.pattern import Rows, resolve_q_start
+from regard.patterns.slices import sliced
+from regard.patterns.states import Frame
 from regard.patterns.static import Allowed, Index, StaticPattern, multiples, need_bool, need_int, need_shape
 
 __all__ = ["Radial"]
@@ -98,6 +101,19 @@ class Radial(StaticPattern):
     def cuts(self, a: int, b: int) -> Int[Tensor, "cuts"]:
         """The multiples of ``tokens``."""
         return multiples(self.tokens, a, b)
+
+    def layout(self, q_len: int, kv_len: int, block: int | tuple[int, int], q_start: int | None = None) -> BlockLayout:
+        """See `Pattern.layout`; where blocks divide frames, every frame's rows are slices of the same long ones."""
+        start, (bq, bk) = resolve_q_start(q_len, kv_len, q_start), block_size(block)
+        self.fits(q_len, kv_len, start)
+        if self.tokens % bq or self.tokens % bk or start % bq or q_len % bq or not q_len:
+            return super().layout(q_len, kv_len, block, q_start)
+        decay = self.decay
+        if self.rule == "release" and decay is None:  # it follows the sink, which comes later
+            decay = 0.2 if self.sink else 0.95
+        middle = replace(self, frames=2 * self.frames - 1, sink=False, decay=decay)
+        frame = Frame(start, q_len, 0, kv_len, bq, bk, kv_len)
+        return sliced(middle, self.frames, self.tokens, frame, self.sink)
 
     def rows(self, q0: Int[Tensor, "runs"], q1: Int[Tensor, "runs"], kv_len: int) -> Rows:
         """For each frame, tokens u0..u1 of the run: any ``[u0 - r, u1 + r + 1)``, all ``[u1 - r, u0 + r + 1)``."""
