@@ -163,7 +163,7 @@ def _speed(size: float | int | np.ndarray, n: float | int | np.ndarray, keys: bo
     queries, others = (n, size) if keys else (size, n)
     queries, others = np.asarray(queries, dtype=float), np.asarray(others, dtype=float)
     steps = np.where(queries >= 768, 1.0, np.where(queries >= 192, 0.9 if not keys else 0.8, 0.8 if not keys else 0.6))
-    return steps * np.minimum(1, queries / 32) * np.minimum(1, 0.6 + others / 480)
+    return np.asarray(steps * np.minimum(1, queries / 32) * np.minimum(1, 0.6 + others / 480))
 
 
 def _best_layout(pattern: Pattern, q_len: int, kv_len: int, q_start: int, keys: bool) -> tuple[BlockLayout, float]:
