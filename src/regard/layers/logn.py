@@ -20,6 +20,7 @@ def logn_scale(
     queries: Sequence[tuple[int, int]] | None = None,
     *,
     q_len: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "q_len"] | Float[Tensor, "batch q_len"]:
     """``log(n) / log(base)`` for some queries, 1 for the others: what their scores are multiplied by.
 
@@ -31,6 +32,7 @@ def logn_scale(
         base: length at which nothing changes, above 1 (512: the longest text of the pretrained encoder).
         queries: intervals ``[start, end)`` of the queries to scale; None: all.
         q_len: queries; None: the greatest length.
+        dtype: of the factors; None: PyTorch's default.
 
     Returns:
         ``[q_len]``, or ``[batch, q_len]`` for one length a sample. Multiply q by it, or the rows of the scores.
@@ -40,7 +42,7 @@ def logn_scale(
         raise ValueError(f"length must be at least 1, got {length}")
     _check_base(base)
     q_len = int(n.max()) if q_len is None else q_len
-    factor = (n.double().log() / math.log(base)).to(torch.get_default_dtype())
+    factor = (n.double().log() / math.log(base)).to(torch.get_default_dtype() if dtype is None else dtype)
     factor = factor[..., None].expand(*n.shape, q_len)
     return factor if queries is None else torch.where(_among(queries, q_len, n.device), factor, 1.0)
 
