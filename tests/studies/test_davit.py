@@ -5,7 +5,7 @@ from regard.studies import davit, protocol
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(davit.STEPS, "smoke", 80)
+    monkeypatch.setitem(davit.STEPS, "smoke", 25)
     monkeypatch.setattr(davit, "TEST", 400)
 
 

@@ -128,7 +128,7 @@ class AxialDecoder(nn.Module):
             state.row.append(h)
             right = h if right is None else right
         if j == 0:
-            self._start_row(state, i)
+            self.start_row(state, i)
         place = state.before[:, i, j] + self.rows[i, 0] + self.columns[j]
         z = (state.above[:, j] + right + place)[:, None]
         for block, inner in zip(self.inner, state.inner, strict=True):
@@ -136,8 +136,8 @@ class AxialDecoder(nn.Module):
         state.pixel += 1
         return self.head(self.norm(z[:, 0]))
 
-    def _start_row(self, state: AxialSampling, i: int) -> None:
-        """The upper stack over the row that has just been filled."""
+    def start_row(self, state: AxialSampling, i: int) -> None:
+        """Opens row i: the upper stack over the row before, which ``state.row`` holds; `step` calls it itself."""
         state.above = torch.zeros_like(state.before[:, 0])
         state.inner = [b.mixer.new_state() for b in self.inner]
         if i > 0 and len(self.upper):

@@ -109,9 +109,13 @@ def _blind() -> Finding:
     for arm, expected in (("window", windows), ("dual", torch.ones_like(windows))):
         torch.manual_seed(0)
         net = _model(arm, 2, "token").double()
-        x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-        found = torch.autograd.functional.jacobian(net.features, x)[0].abs().sum((0, 3, 4)).flatten(0, 1)
-        wrong.append(float(((found.flatten(1) != 0) != expected).double().mean()))
+        x, probe = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.randn(DIM, 1, 1, dtype=torch.float64)
+
+        def seen(image: Any, net: Any = net, probe: Any = probe) -> Any:
+            return (net.features(image) * probe).sum((0, 1)).flatten()
+
+        found = torch.autograd.functional.jacobian(seen, x)
+        wrong.append(float(((found.abs().sum((1, 2)).flatten(1) != 0) != expected).double().mean()))
     return Finding("blind", verdict(max(wrong) == 0), max(wrong), ceiling=0.0)
 
 
