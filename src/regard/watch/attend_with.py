@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.kernels.attend import attend
-from regard.patterns.pattern import Pattern
+from regard.patterns import Full, Pattern
 from regard.watch.anatomy import Anatomy, anatomy
 from regard.watch.call import Call
 from regard.watch.own_mask import own_mask
@@ -60,9 +60,7 @@ def attend_with(
 class AttendWith:
     """The context that `attend_with` gives. `used` counts the changed calls of each layer."""
 
-    def __init__(
-        self, model: nn.Module, pattern: Pattern | Table, *, keep_mask: bool, backend: str, parts: Anatomy | None
-    ):
+    def __init__(self, model: nn.Module, pattern: Any, *, keep_mask: bool, backend: str, parts: Anatomy | None):
         self.model, self.keep_mask, self.backend = model, keep_mask, backend
         self._everywhere = pattern if isinstance(pattern, Pattern) else None
         self._table = {} if isinstance(pattern, Pattern) else _by_name(model, pattern, parts)
@@ -95,14 +93,12 @@ class AttendWith:
     def _attend(self, call: Call, pattern: Pattern) -> Tensor:
         _check(call)
         own = own_mask(call)
-        if not self.keep_mask and own.valued and own.shape is None:
+        if not self.keep_mask and own.valued and own.shape != Full():
             raise ValueError(
                 "its mask adds values to the scores and forbids pairs besides, so keep_mask=False cannot tell what it "
                 "would add there; use keep_mask=True"
             )
         bias = own.bias if self.keep_mask or own.valued else None
-        if not self.keep_mask and bias is not None:
-            bias = bias.masked_fill(bias == -float("inf"), 0)
         cross = call.kind == "cross"
         dtype = call.result_dtype
         found = attend(
@@ -119,7 +115,7 @@ class AttendWith:
         return found
 
 
-def _by_name(model: nn.Module, table: Table, parts: Anatomy | None) -> dict[str, Pattern | None]:
+def _by_name(model: nn.Module, table: Any, parts: Anatomy | None) -> dict[str, Pattern | None]:
     if not isinstance(table, Mapping):
         raise ValueError(
             f"pattern must be a regard Pattern or a table {{layer: pattern or None}}, got {type(table).__name__}"

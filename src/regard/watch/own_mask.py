@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.patterns.algebra import per_sample
-from regard.patterns.pattern import Pattern
-from regard.patterns.static import Causal, Columns, Full, Window
-from regard.patterns.within import Within
+from regard.patterns import Causal, Columns, Full, Pattern, Window, Within, per_sample
 from regard.watch.padding import TILE, allowed, padding_of, survey
 
 if TYPE_CHECKING:
@@ -132,11 +129,11 @@ def _tokens(call: Call, keys: Tensor | None) -> tuple[tuple[tuple[int, int], ...
         real[:, total:] = False
         seen = real if keys is None else real & keys
     else:
-        starts = [0]
+        starts = [0] if keys is None else _shifts(call, keys)
         real = torch.ones(1, total, dtype=torch.bool)
         seen = real if keys is None else keys[:, :total]
     spans, columns = [], []
-    for b in range(max(len(real), len(seen))):
+    for b in range(max(len(real), len(seen), len(starts))):
         mine = real[b % len(real)].nonzero().flatten()
         stop = int(mine[-1]) + 1 if len(mine) else 0
         start = min(starts[b % len(starts)] - kv_first, stop)
@@ -147,6 +144,22 @@ def _tokens(call: Call, keys: Tensor | None) -> tuple[tuple[tuple[int, int], ...
     if len(set(zip(spans, columns, strict=True))) == 1:
         return (spans[0],), (columns[0],)
     return tuple(spans), tuple(columns)
+
+
+def _shifts(call: Call, keys: Tensor) -> list[int]:
+    """Tokens of padding before each sample, from its position ids: masks prepared for static caches are all that is
+    left of the padding, and a key that no query sees may also lie outside a window."""
+    where, q_len = call.positions, call.q.shape[2]
+    if call.kind == "cross":
+        return [0]
+    for frame in reversed(call.frames):
+        ids = frame.bound.get("position_ids")
+        if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] == q_len:
+            found = (where.first + q_len - 1 - ids[:, -1]).tolist()
+            gone = where.first - where.q_start
+            hidden = [n >= 0 and not bool(keys[b % len(keys), : max(0, n - gone)].any()) for b, n in enumerate(found)]
+            return found if all(hidden) else [0]
+    return [0]
 
 
 def _runs(row: Tensor) -> tuple[tuple[int, int], ...]:
@@ -166,8 +179,6 @@ def _columns_mask(call: Call, spans: tuple[tuple[int, int], ...], columns: tuple
 
 def _candidates(call: Call, mask: Tensor, spans: tuple[tuple[int, int], ...]) -> list[Pattern]:
     """Patterns that the mask may be, from what its last real row and its middle one see."""
-    if mask.shape[1] > 1:
-        return []
     if call.kind == "cross" or mask.shape[2] == 1 < call.q.shape[2]:
         return [Full()]
     if not call.causal:
