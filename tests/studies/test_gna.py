@@ -1,4 +1,4 @@
-"""Generalized neighborhood attention, shrunk: wrong simulators are seen, tables follow from definitions, times are real."""
+"""Generalized neighborhood attention, shrunk: wrong simulators are seen, tables follow from definitions."""
 
 import pytest
 
