@@ -68,7 +68,7 @@ CLAIMS = [
 ]
 LAYERS, DIM, HEADS, LR, WARMUP = 3, 64, 4, 3e-3, 20
 # Of a size: steps, batch, seeds, prompts of a test; its arms.
-SIZES = {"smoke": (200, 8, 1, 2000), "full": (800, 32, 5, 4000)}
+SIZES = {"smoke": (200, 8, 1, 1000), "full": (800, 32, 5, 4000)}
 FULL = "4 both"
 ARMS = {
     "smoke": ("1 both", FULL, "causal"),
