@@ -176,7 +176,7 @@ def slow_blocks(model, ids, tokens, block, mask_id, threshold):
         canvas[0, : len(row)] = row
         unknown = torch.arange(canvas.shape[1]) >= len(row)
         for lo in range(0, canvas.shape[1], block):
-            while unknown[lo : lo + block].any():
+            while unknown[lo : min(lo + block, end)].any():
                 logits = model(canvas[:, : lo + block], pattern=BlockCausal(block))[0, lo:]
                 logits[:, mask_id] = -torch.inf
                 sure, token = logits.softmax(-1).max(-1)
@@ -203,6 +203,21 @@ class TestBlocks:
         out = generate_blocks(model, ids, tokens, 4, 10, threshold=threshold)
         assert torch.equal(out.ids, slow_blocks(model, ids, tokens, 4, 10, threshold))
         assert (out.ids[:, prompt:] != 10).all()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("threshold", [0.2, 0.9])
+    def test_without_a_state_under_the_own_patterns(self, threshold):
+        """A model whose own pattern is block-causal decodes the same with and without a state."""
+        model, ids = make(pattern=BlockCausal(4)), draw(2, 6)
+        slow = generate_blocks(model, ids, 9, 4, 10, threshold=threshold, cached=False)
+        assert torch.equal(slow.ids, generate_blocks(model, ids, 9, 4, 10, threshold=threshold).ids)
+        full = make(pattern=Full())
+        with torch.no_grad():
+            first = full(torch.cat([ids, torch.full((2, 2), 10)], 1))[:, 6:]
+        first[..., 10] = -torch.inf
+        assert torch.equal(
+            generate_blocks(full, ids, 2, 4, 10, threshold=0.0, cached=False).ids[:, 6:], first.argmax(-1)
+        )
 
     @torch.no_grad()
     def test_a_low_threshold_needs_one_pass_a_block_and_a_high_one_a_pass_a_token(self):

@@ -62,13 +62,14 @@ def generate_blocks(
     threshold: float | int = 0.9,
     temperature: float | int = 0.0,
     generator: torch.Generator | None = None,
+    cached: bool = True,
 ) -> Blocks:
     """Block diffusion: the prompt and ``tokens`` more, a block of tokens at a time (arXiv 2512.14067).
 
     Blocks lie at multiples of ``block``. The whole blocks of the prompt go to the state. Then, for each block: its
     unknown tokens start as ``mask_id``; the model reads the block over the clean ones before it, and every unknown
     token of confidence above ``threshold`` is revealed, in each sample at least the surest one, until none is left;
-    the clean block then goes to the state in one more call. What the last block holds beyond ``tokens`` is cut off.
+    the clean block then goes to the state in one more call. The last block stops once the tokens asked for are known.
 
     Args:
         model: trained with `masked_diffusion`; run under ``BlockCausal(block)``.
@@ -79,6 +80,8 @@ def generate_blocks(
         threshold: confidence (probability of the picked token) above which a token is revealed.
         temperature: 0 picks the likeliest token; above, one is drawn from ``softmax(logits / temperature)``.
         generator: of the draws.
+        cached: False keeps no state: every call reads all tokens up to the end of the block, under the model's own
+            patterns. For models whose queries see later keys.
 
     Raises:
         ValueError: a number out of range, or a layer that keeps no state, or one that cannot be cut.
@@ -86,20 +89,20 @@ def generate_blocks(
     _check(ids, tokens, temperature, prompt=0)
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
-    pattern, state = BlockCausal(block), model.new_state()
+    pattern, state = BlockCausal(block), model.new_state() if cached else []
     batch, start = ids.shape
     end, forwards = start + tokens, 0
     whole = start // block * block
     canvas = torch.full((batch, -(-end // block) * block), mask_id, dtype=ids.dtype, device=ids.device)
     canvas[:, :start] = ids
-    if whole and tokens:
+    if whole and tokens and cached:
         model(ids[:, :whole], pattern=pattern, state=state)
         forwards += 1
     for lo in range(whole, end if tokens else whole, block):
         here = canvas[:, lo : lo + block]
         unknown = torch.arange(lo, lo + block, device=ids.device).expand(batch, -1) >= start
-        while unknown.any():
-            logits = model(here, pattern=pattern, state=state)
+        while unknown[:, : end - lo].any():
+            logits = model(here, pattern=pattern, state=state) if cached else model(canvas[:, : lo + block])[:, lo:]
             for part in state:
                 part.cut(lo)  # the block is not clean yet
             forwards += 1
@@ -110,7 +113,7 @@ def generate_blocks(
             shown = ((sure > threshold) | surest) & unknown
             here[shown] = token[shown]
             unknown = unknown & ~shown
-        if lo + block < end:
+        if lo + block < end and cached:
             model(here, pattern=pattern, state=state)
             forwards += 1
     return Blocks(canvas[:, :end], forwards)
