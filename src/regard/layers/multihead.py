@@ -1,4 +1,4 @@
-"""Multi-head attention with places to plug mechanisms in; no other file of this folder writes it again."""
+"""Multi-head attention with places to plug mechanisms in: a mechanism is a plug, or a few lines that make one."""
 
 from __future__ import annotations
 
