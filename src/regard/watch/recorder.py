@@ -27,6 +27,7 @@ from . import residual
 from .atlas import FORMAT, Atlas, variable
 from .call import Call
 from .figures import CLASSES, Figures
+from .fold import known_fold
 from .geometry import BINS, Geometry, geometry_of
 from .provenance import fingerprint, model_name, provenance
 from .seam import Seam
@@ -61,7 +62,7 @@ def watch(
             whole `Watch`.
         tokenizer: gives the atlas token texts.
         choices: any other field of `Watch`: rows, groups, relations, templates, near, widths, period, grid, prefix,
-            per_sample, stream, tokens, layers.
+            per_sample, stream, tokens, layers, folds.
 
     Returns:
         a `Recorder`, to be used in a `with` statement.
@@ -160,7 +161,7 @@ class Recorder:
             return
         try:
             with torch.no_grad():
-                self._record(call, label)
+                self._record(self._unfolded(call, label), label)
         except ValueError as error:
             raise WatchError(f"layer {label!r}: {error}") from error
 
@@ -202,6 +203,12 @@ class Recorder:
             if "needle" not in samples.spans:
                 raise WatchError("per_sample: copy_hits needs w.annotate(spans={'needle': ...}) before each forward")
             samples.copy(state, raw["top"][1], call.q_pos, call.kv_pos, call.valid)
+
+    def _unfolded(self, call: Call, label: str) -> Call:
+        """The call over whole samples, where it is known what the model folds into its batch."""
+        given = (f for name, f in self.settings.folds.items() if fnmatch.fnmatchcase(label, name))
+        fold = next(given, None) or known_fold(call)
+        return call if fold is None else fold.unfold(call)
 
     def _check_positions(self, call: Call, label: str) -> None:
         known = call.positions_known and not call.folded

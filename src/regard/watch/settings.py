@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regard.patterns.pattern import Pattern
 
+from .fold import Fold
 from .variables import PER_SAMPLE, PRESETS, STATISTICS
 
 RELATIONS = ("self", "previous", "duplicate", "induction")
@@ -46,6 +47,8 @@ class Watch:
         stream: also the residual stream after every block.
         tokens: keep token ids (and texts, with a tokenizer) in the atlas.
         layers: shell-style patterns of layer names; None watches every layer.
+        folds: for layers that fold windows into the batch, by shell-style patterns of their names, what they fold
+            (`regard.watch.fold.Fold`); Swin and MaxViT of timm need none.
     """
 
     statistics: str | Sequence[str] = "default"
@@ -62,6 +65,7 @@ class Watch:
     stream: bool = False
     tokens: bool = True
     layers: Sequence[str] | None = None
+    folds: Mapping[str, Fold] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_names("statistics", self.names, STATISTICS)
