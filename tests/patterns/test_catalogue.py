@@ -230,3 +230,14 @@ def test_radial_density():
 def test_errors_teach(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@settings(max_examples=60)
+@given(c.problems(only=c.simple, longest=24))
+def test_allows_one_pair_at_a_time(problem):
+    """As FlexAttention's mask_mod: scalar indices under vmap."""
+    q = torch.arange(problem.q_start, problem.q_start + problem.q_len)
+    zero = torch.zeros((), dtype=torch.long)
+    one = torch.vmap(lambda i, j: problem.pattern.allows(i, j, zero, zero), (None, 0))
+    got = torch.vmap(one, (0, None))(q, torch.arange(problem.kv_len))
+    assert torch.equal(got, problem.pairs)
