@@ -388,7 +388,9 @@ def papers(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="What to train: decoder.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="decoder, lists, maps, numbers, roles, lexicon or arith.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
     size: Annotated[Size, typer.Option(help="smoke: tiny, in seconds; full: the one that is shipped.")] = Size.full,
     seed: Seed = 0,

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -15,10 +16,14 @@ from typing import Any
 
 import torch
 
-#: Folder of the shipped decoder inside the package.
-DECODER = Path(str(resources.files("regard") / "data" / "decoder"))
+from regard.train.trainer import Recipe
+
+DATA = Path(str(resources.files("regard") / "data"))
 PREFIX = "testbed:"
-TESTBEDS = {"decoder": DECODER}
+#: Testbeds and their folders inside the package.
+TESTBEDS = {name: DATA / name for name in ("decoder", "lists", "maps", "numbers", "roles", "lexicon", "arith")}
+#: Folder of the shipped decoder.
+DECODER = TESTBEDS["decoder"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -149,6 +154,60 @@ def _tokenizer(source: str, config: Any, name: str, how: dict[str, Any]) -> Any:
         raise ValueError(f"the tokenizer of {name!r} does not load: {error}") from error
 
 
+@dataclass(frozen=True)
+class Run:
+    """What training a testbed takes: made by the testbed's own module, stepped and written by `train`."""
+
+    model: Any
+    batches: Callable[[int], Any]
+    recipe: Recipe
+    evaluate: Callable[[Any], dict[str, float]] | None
+    gates: Callable[[Any], dict[str, Any]]
+    tokenizer: Any
+    told: dict[str, Any]
+    """What training.json holds of it: `size`, and anything else."""
+
+
+def _decoder(size: str, seed: int, steps: int | None) -> Run:
+    from regard.tasks import decoder
+    from regard.tasks.bytetext import byte_tokenizer
+    from regard.tasks.gates import gates
+
+    shape = decoder.SIZES[size]
+    if steps is not None:
+        shape = replace(shape, recipe=replace(shape.recipe, steps=steps))
+    mixture = decoder.Mixture(shape, seed)
+    full = size == "full"
+    return Run(
+        model=decoder.build(shape, seed),
+        batches=mixture,
+        recipe=shape.recipe,
+        evaluate=decoder.Evaluation(length=min(256, max(shape.phases[-1].lengths)), n=32 if full else 4),
+        gates=lambda model: gates(model, n=128 if full else 4, rows=16 if full else 2),
+        tokenizer=byte_tokenizer(shape.positions),
+        told={"size": asdict(shape), "text": mixture.text.describe()},
+    )
+
+
+def _symbolic(name: str, size: str, seed: int, steps: int | None) -> Run:
+    from regard.tasks.symbolic import SYMBOLIC
+
+    bed = SYMBOLIC[name]
+    recipe = bed.recipe if size == "full" else replace(bed.recipe, steps=20, warmup=4, decay=8)
+    if steps is not None:
+        recipe = replace(recipe, steps=steps)
+    shape = {"rows": bed.rows, "layers": bed.layers, "dim": bed.dim, "heads": bed.heads, "positions": bed.positions}
+    return Run(
+        model=bed.build(seed),
+        batches=bed.batches(seed),
+        recipe=recipe,
+        evaluate=lambda model: bed.measure(model, 64),
+        gates=lambda model: bed.gates(model, 2000 if size == "full" else 64),
+        tokenizer=bed.vocabulary.tokenizer(bed.positions),
+        told={"size": {**shape, "recipe": asdict(recipe)}, "tasks": [repr(task) for task in bed.tasks]},
+    )
+
+
 def train(
     name: str,
     out: str | Path,
@@ -163,7 +222,7 @@ def train(
     Interrupted (Ctrl-C or SIGTERM), it writes a checkpoint below ``out`` and the same call goes on from there.
 
     Args:
-        name: "decoder".
+        name: one of `TESTBEDS`.
         out: folder for config, weights, tokenizer and ``training.json`` (recipe, curve, gates, versions, machine;
             ``starts``: the steps at which the work was taken up).
         size: "full", the shipped one, or "smoke", which is done in seconds and passes no gate.
@@ -181,51 +240,42 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from regard.tasks import decoder
-    from regard.tasks.bytetext import byte_tokenizer
-    from regard.tasks.gates import gates
     from regard.train.trainer import Trainer
 
     if name not in TESTBEDS:
         raise ValueError(f"there is no testbed {name!r} to train; there is {', '.join(TESTBEDS)}")
-    if size not in decoder.SIZES:
-        raise ValueError(f"size must be one of {', '.join(decoder.SIZES)}, got {size!r}")
-    shape = decoder.SIZES[size]
-    if steps is not None:
-        shape = replace(shape, recipe=replace(shape.recipe, steps=steps))
+    if size not in ("full", "smoke"):
+        raise ValueError(f"size must be 'full' or 'smoke', got {size!r}")
+    ready = _decoder(size, seed, steps) if name == "decoder" else _symbolic(name, size, seed, steps)
     out = Path(out)
-    model: Any = decoder.build(shape, seed)
-    mixture = decoder.Mixture(shape, seed)
-    evaluation = decoder.Evaluation(length=min(256, max(shape.phases[-1].lengths)), n=32 if size == "full" else 4)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
-        bar = progress.add_task(f"training {name}", total=shape.recipe.steps)
+        bar = progress.add_task(f"training {name}", total=ready.recipe.steps)
 
         def show(step: int, entry: dict[str, float]) -> None:
             progress.update(bar, completed=step, description=f"training {name}, loss {entry['loss']:.3f}")
 
         trainer = Trainer(
-            model,
-            mixture,
-            shape.recipe,
+            ready.model,
+            ready.batches,
+            ready.recipe,
             out / "checkpoints",
-            evaluate=evaluation,
+            evaluate=ready.evaluate,
             evaluate_every=100,
             on_step=show,
             run_name=f"{name}, size {size}, seed {seed}",
         )
         trainer.run()
-    measured = gates(model, n=128 if size == "full" else 4, rows=16 if size == "full" else 2)
-    model.save_pretrained(out, safe_serialization=True)
-    byte_tokenizer(shape.positions).save_pretrained(out)
+    measured = ready.gates(ready.model)
+    ready.model.save_pretrained(out, safe_serialization=True)
+    ready.tokenizer.save_pretrained(out)
     record = {
         "testbed": name,
         "command": f"regard train {name} --out {out.name} --size {size} --seed {seed}"
         + (f" --steps {steps}" if steps is not None else ""),
-        "size": asdict(shape),
+        **ready.told,
         "seed": seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "text": mixture.text.describe(),
+        "parameters": sum(p.numel() for p in ready.model.parameters()),
         "gates": measured,
         "curve": curve(trainer.history),
         "seconds": round(trainer.seconds, 1),
