@@ -7,7 +7,6 @@ the time of attention over the same tiles: one layout for each stride, same inpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -215,36 +214,41 @@ def _blocked_row() -> Finding:
     return Finding("blocked-row", verdict(holds), figure, baseline=BLOCKED_TIME, reason=reason)
 
 
-def _timed(strides: Sequence[tuple[int, ...]], turns: int, device: str, seed: int) -> Any:
-    """Seconds of each stride and of dense attention, by turns, with the tiled layouts and their costs."""
+def _inputs(device: str, seed: int) -> tuple[Any, Any, Any]:
     import torch
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    from regard.kernels.attend import attend
-    from regard.patterns import Neighborhood, TileOrder, tile_cost
-
-    shape, window, tile = GRID
-    order = TileOrder(shape, tile)
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(3, 1, HEADS, order.n, HEAD_DIM, generator=generator)
-    q, k, v = (order.apply(x).to(device) for x in qkv)
-    backend = "blocked" if device == "cpu" else "auto"
-    arms, costs, blocks = {"dense": lambda: sdpa(q, k, v)}, {}, {}
-    for stride in strides:
-        grid = Neighborhood(shape, window, stride)
-        layout, pattern = grid.tiled(tile).layout, grid.permute(order)
-        costs[stride], blocks[stride] = tile_cost(grid, tile, tile), layout.n_blocks
+    q, k, v = torch.randn(3, 1, HEADS, prod(GRID[0]), HEAD_DIM, generator=generator).to(device)
+    return q, k, v
 
-        def arm(pattern: Any = pattern, layout: Any = layout) -> Any:
-            return attend(q, k, v, pattern, q_start=0, layout=layout, backend=backend)
 
-        arms[str(stride)] = arm
-    with torch.no_grad():
-        return take_turns(arms, turns, device), costs, blocks
+def _in_tiles(q: Any, k: Any, v: Any, grid: Any, tile: tuple[int, ...]) -> tuple[Any, Any]:
+    """Attention over these very tiles, its inputs in tile order beforehand, and its layout."""
+    from regard.kernels.attend import attend
+    from regard.patterns import TileOrder
+
+    order = TileOrder(grid.shape, tile)
+    q, k, v = (order.apply(x) for x in (q, k, v))
+    layout, pattern = grid.tiled(tile).layout, grid.permute(order)
+    backend = "blocked" if q.device.type == "cpu" else "auto"
+    return lambda: attend(q, k, v, pattern, q_start=0, layout=layout, backend=backend), layout
 
 
 def _order(size: str, device: str, seed: int) -> Finding:
-    seconds, costs, blocks = _timed(TIMED, TURNS[size], device, seed)
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from regard.patterns import Neighborhood, tile_cost
+
+    shape, window, tile = GRID
+    q, k, v = _inputs(device, seed)
+    arms, costs, blocks = {"dense": lambda: sdpa(q, k, v)}, {}, {}
+    for stride in TIMED:
+        grid = Neighborhood(shape, window, stride)
+        arms[str(stride)], layout = _in_tiles(q, k, v, grid, tile)
+        costs[stride], blocks[stride] = tile_cost(grid, tile, tile), layout.n_blocks
+    with torch.no_grad():
+        seconds = take_turns(arms, TURNS[size], device)
     times = np.array([seconds[str(s)] for s in TIMED])
     visits = np.array([blocks[s] for s in TIMED], dtype=float)
     figure = evidence.spearman(np.median(times, 1), visits)
@@ -264,10 +268,40 @@ def _order(size: str, device: str, seed: int) -> Finding:
 
 
 def _reached(device: str, seed: int) -> Finding:
-    blocked = TIMED[-1]
-    seconds, costs, _ = _timed([blocked], TURNS["full"], device, seed)
-    bound = costs[blocked].worst
-    speedup, (low, high) = ratio(seconds["dense"], seconds[str(blocked)], seed)
-    figure, interval = speedup / bound, (low / bound, high / bound)
-    reason = f"{speedup:.1f} times as fast as dense attention on {device}, bound {bound:.1f}, no partial tile"
-    return Finding("reached", verdict(figure >= 0.7), figure, interval, ceiling=1.0, reason=reason)
+    """In tiles as large as the window, and by a plain call, which chooses its tiles and pays for the permutation."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from regard.kernels.attend import attend
+    from regard.patterns import Neighborhood, tile_cost
+
+    shape, window, tile = GRID
+    grid = Neighborhood(shape, window, window)
+    q, k, v = _inputs(device, seed)
+    arms = {
+        "dense": lambda: sdpa(q, k, v),
+        "window": _in_tiles(q, k, v, grid, window)[0],
+        "small": _in_tiles(q, k, v, grid, tile)[0],
+        "call": lambda: attend(q, k, v, grid, q_start=0),
+    }
+    with torch.no_grad():
+        seconds = take_turns(arms, TURNS["full"], device)
+    bound = tile_cost(grid, window, window).worst
+    found = {name: ratio(seconds["dense"], each, seed) for name, each in seconds.items()}
+    speedup, (low, high) = found["window"]
+    sides = " x ".join(map(str, tile))
+    reason = (
+        f"{speedup:.1f} times as fast as dense attention on {device} in tiles of the window (bound {bound:.1f}), "
+        f"{found['small'][0]:.1f} times in tiles of {sides}, {found['call'][0]:.1f} by a plain call (the baseline), "
+        "permutations included"
+    )
+    return Finding(
+        "reached",
+        verdict(speedup / bound >= 0.7),
+        speedup / bound,
+        (low / bound, high / bound),
+        ceiling=1.0,
+        baseline=found["call"][0] / bound,
+        reason=reason,
+        details={"speedup": {name: r for name, (r, _) in found.items()}, "threads": torch.get_num_threads()},
+    )
