@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -105,7 +105,10 @@ def _make(pattern: Pattern, q_len: int, kv_len: int, q_start: int, keys: bool, l
 
 def _tiled(grid: Grid, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], keys: bool) -> Plan:
     tiled = grid.tiled(q_tile, kv_tile)
-    blocks = _blocks(tiled.layout, grid, 0, tiled.mask)
+    # In the layout a tile with padded queries may be full; here padding stands for token 0 and must count for nothing.
+    padded = (tiled.q_order.forward < 0).view(-1, prod(q_tile)).any(1)
+    layout = replace(tiled.layout, full=tiled.layout.full & ~padded[tiled.layout.rows])
+    blocks = _blocks(layout, grid, 0, tiled.mask)
     first, second = tiled.q_order, tiled.kv_order
     if keys:
         blocks, first, second = blocks.flip(), second, first

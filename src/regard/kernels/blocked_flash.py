@@ -45,23 +45,26 @@ class _Masks:
 
     def __init__(self, batch: Batch, strip: Strip, dtype: torch.dtype, keys: bool) -> None:
         self.batch, self.strip, self.dtype, self.keys = batch, strip, dtype, keys
-        alike = batch.which is None and batch.kinds is None
-        self.shared = self._make(slice(None)) if alike else None
-        self.each = not alike
+        self.each = batch.which is not None or batch.kinds is not None
+        self.made = (None, None) if self.each else self._make(slice(None))
 
-    def _make(self, tiles: slice) -> Tensor | None:
+    def _make(self, tiles: slice) -> tuple[Tensor | None, Tensor | None]:
+        """The masks ``[1 or tiles, queries, keys]``, and which queries they leave no key (None: none of them)."""
         allow = allowed(self.batch, self.strip.plan.blocks, tiles)
         if allow is None:
-            return None
-        return additive(allow.transpose(1, 2).contiguous() if self.keys else allow, self.dtype)
+            return None, None
+        if self.keys:
+            return additive(allow.transpose(1, 2).contiguous(), self.dtype), None
+        empty = ~allow.any(-1)
+        return additive(allow, self.dtype), empty if bool(empty.any()) else None
 
-    def of(self, tiles: slice, q: Tensor) -> Tensor | None:
-        """``[.., .., queries, keys]`` for query tiles as the kernel takes them."""
-        mask = self._make(tiles) if self.each else self.shared
+    def of(self, tiles: slice, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The mask ``[.., .., queries, keys]`` for query tiles as the kernel takes them, and the empty queries."""
+        mask, empty = self._make(tiles) if self.each else self.made
         if mask is None:
-            return None
+            return None, None
         mask = mask[:, None] if self.strip.shared else mask[None]
-        return mask.expand(*q.shape[:2], *mask.shape[2:])
+        return mask.expand(*q.shape[:2], *mask.shape[2:]), empty
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -106,9 +109,12 @@ def _forward(
             qt = take(q, batch, plan.anchor, tiles, True)
             kt, vt = (take(x, batch, plan.other, tiles, False, b) for x, b in zip((k, v), buffers, strict=True))
             (qs, ks), (_, vs) = _pair(qt, kt, strip.shared), _pair(qt, vt, strip.shared)
-            o, s = _flash(qs, ks, vs, 0.0, False, attn_mask=masks.of(tiles, qs), scale=scale)
+            mask, empty = masks.of(tiles, qs)
+            o, s = _flash(qs, ks, vs, 0.0, False, attn_mask=mask, scale=scale)
             if strip.shared:
                 o, s = o.transpose(0, 1), s.transpose(0, 1)
+            if empty is not None:  # the kernel's lse says 0 there
+                o, s = o.masked_fill(empty[..., None], 0), s.masked_fill(empty, -torch.inf)
             put_anchor(out, batch, plan.anchor, tiles, o)
             put_anchor(lse, batch, plan.anchor, tiles, s)
     if plan.place is None:
@@ -171,7 +177,7 @@ def _backward(
             (qs, ks), (os, vs), (ds, _), (ss, _) = (
                 _pair(a, b, strip.shared) for a, b in ((qt, kt), (ot, vt), (dt, kt), (st, kt))
             )
-            mask = masks.of(tiles, qs)
+            mask, _ = masks.of(tiles, qs)
             gq, gk, gv = _flash_backward(ds, qs, ks, vs, os, ss[..., 0], 0.0, False, attn_mask=mask, scale=scale)
             if strip.shared:
                 gq, gk, gv = gq.transpose(0, 1), gk.sum(1)[None], gv.sum(1)[None]
