@@ -73,7 +73,7 @@ def test_allows_counts_and_density(case, size):
     assert torch.equal(pattern.allows(i, j).expand(q_len, kv_len), want)
     assert torch.equal(pattern.row_counts(q_len, kv_len, start), want.sum(1))
     assert pattern.density(q_len, kv_len, start) == pytest.approx(want.float().mean().item())
-    lines = pattern.show(q_len, kv_len, start).split("\n")
+    lines = str(pattern.show(q_len, kv_len, start)).split("\n")
     assert [[c == "█" for c in line] for line in lines] == want.tolist()
 
 
@@ -123,7 +123,7 @@ def test_values():
 
 
 def test_picture():
-    assert ((Window(1) & Causal()) | Sinks(1)).show(4) == "█···\n██··\n███·\n█·██"
+    assert str(((Window(1) & Causal()) | Sinks(1)).show(4)) == "█···\n██··\n███·\n█·██"
 
 
 def test_a_million_tokens():
@@ -144,7 +144,6 @@ def test_a_million_tokens():
         (lambda: Diagonals(0), "period must be an integer >= 1"),
         (lambda: Segments(()), "empty tuple"),
         (lambda: Segments((0, 1)).row_counts(3, 3), r"got 0 to 2|kv_len must be <= 2"),
-        (lambda: Causal().show(5000), "at most 65536 pairs"),
         (lambda: Causal().row_counts(-1, 3), "must be >= 0"),
     ],
 )

@@ -133,7 +133,7 @@ def _text(panel: Panel) -> str:
     return "\n".join("".join(_shade(x) for x in row) for row in panel.cells)
 
 
-def _shade(x: float) -> str:
+def _shade(x: float | int) -> str:
     return TEXT[0] if x <= 0 else TEXT[-1] if x >= 1 else TEXT[1 + min(int(x * 3), 2)]
 
 
@@ -157,7 +157,7 @@ def _shapes(panel: Panel) -> str:
 
 
 def _path(
-    where: np.ndarray, high: float, wide: float, rows: int, columns: int, ink: tuple[int, ...], opacity: float
+    where: np.ndarray, high: int, wide: int, rows: int, columns: int, ink: tuple[int, ...], opacity: float | int
 ) -> str:
     """The cells of one colour, those side by side as one rectangle; the last ones may be cut off."""
     edge = np.diff(np.pad(where, ((0, 0), (1, 1))).astype(int), axis=1)
@@ -178,7 +178,7 @@ def _image(panel: Panel) -> np.ndarray:
     colours = np.array(PLAIN if panel.cells is None else TINTS)
     image = np.broadcast_to(np.array(PAPER), (rows, columns, 3))
     if panel.states is not None:
-        bq, bk = (int(x) for x in panel.block)
+        bq, bk = panel.block
         image = colours[panel.states].repeat(bq, 0).repeat(bk, 1)[:rows, :columns]
     if panel.cells is not None:
         share = panel.cells[..., None]
@@ -186,6 +186,6 @@ def _image(panel: Panel) -> np.ndarray:
     scale = max(2, round(SIZE / max(rows, columns, 1)))
     image = image.repeat(scale, 0).repeat(scale, 1).round().astype(np.uint8)
     if panel.states is not None and max(panel.states.shape) <= shades.SIDE / 2:
-        image[int(panel.block[0]) * scale :: int(panel.block[0]) * scale] = 255
-        image[:, int(panel.block[1]) * scale :: int(panel.block[1]) * scale] = 255
+        image[panel.block[0] * scale :: panel.block[0] * scale] = 255
+        image[:, panel.block[1] * scale :: panel.block[1] * scale] = 255
     return image

@@ -30,7 +30,7 @@ class Panel(NamedTuple):
 
     cells: np.ndarray | None
     states: np.ndarray | None
-    block: tuple[float, float]
+    block: tuple[int, int]
     title: str
 
 
