@@ -155,7 +155,8 @@ def _parallel() -> Finding:
     dense = n * 2 * (matrices + DIM * LEVELS) + (upper + inner) * 4 * DIM * n * (n + 1) // 2
     reason = (
         f"an {SIDE} x {SIDE} sample called the upper stack {calls['upper']} times (the first row needs none) and the "
-        f"inner {calls['inner']}; at {side} x {side} {(rows + pixels) / 1e6:.0f} million operations, dense {dense / 1e6:.0f}"
+        f"inner {calls['inner']}; at {side} x {side} {(rows + pixels) / 1e6:.0f} million operations, dense "
+        f"{dense / 1e6:.0f}"
     )
     return Finding(
         "parallel",
