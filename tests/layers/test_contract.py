@@ -7,21 +7,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from regard.kernels.normalize import Elementwise
+from regard.layers.alibi import Alibi
 from regard.layers.dual_triangle import DualTriangleAttention
 from regard.layers.multihead import MultiHead
-from regard.layers.position import Position, Rope
+from regard.layers.position import Rope
 from regard.layers.state import RecurrentState
-from regard.patterns import Causal, Columns, Full, Window
+from regard.patterns import Causal, Columns, Full, Window, per_head, per_sample
 from tests.oracles.multihead import multihead
 
 DIM, HEADS = 16, 4
-
-
-class Distance(Position):
-    """ALiBi, as a position plug that adds to the scores."""
-
-    def bias(self, q, pos_q, pos_k):
-        return -0.3 * (pos_q[:, None] - pos_k[None]).abs().to(q.dtype) * torch.arange(1, HEADS + 1)[:, None, None]
 
 
 class LogN(nn.Module):
@@ -86,7 +80,7 @@ PRESETS = {
     "bias": lambda p: MultiHead(DIM, HEADS, pattern=p, bias=True),
     "gqa": lambda p: MultiHead(DIM, HEADS, kv_heads=2, head_dim=6, v_dim=5, pattern=p),
     "rope": lambda p: MultiHead(DIM, HEADS, kv_heads=1, position=Rope(4), pattern=p),
-    "distance": lambda p: MultiHead(DIM, HEADS, position=Distance(), pattern=p),
+    "distance": lambda p: MultiHead(DIM, HEADS, position=Alibi.geometric(HEADS), pattern=p),
     "rms": lambda p: MultiHead(DIM, HEADS, qk_norm="rms", pattern=p),
     "layer": lambda p: MultiHead(DIM, HEADS, qk_norm="layer", pattern=p),
     "l2": lambda p: MultiHead(DIM, HEADS, qk_norm="l2", pattern=p),
@@ -174,6 +168,24 @@ def test_a_row_without_keys_is_zero_before_the_gate(name):
     assert x.grad.isfinite().all()
 
 
+def test_temper_and_weigh_know_how_many_keys_each_head_sees():
+    """Under a pattern of its own, each head has its own count."""
+    patterns = [Causal(), Window(1), Full(), Causal(future=True)]
+    seen = []
+
+    class Count(nn.Module):
+        def forward(self, q, n):
+            seen.append(n)
+            return q
+
+    layer, x = MultiHead(DIM, HEADS, temper=Count(), pattern=per_head(patterns)), draw(1, 5)
+    layer(x)
+    i, j = torch.arange(5)[:, None], torch.arange(5)
+    assert torch.equal(seen[0][..., 0], torch.stack([p.allows(i, j).expand(5, 5).sum(1) for p in patterns]))
+    MultiHead(DIM, HEADS, temper=Count(), pattern=Causal())(x)
+    assert seen[1].shape == (1, 5, 1)
+
+
 def test_cross_attention_reads_the_context_alone():
     layer = MultiHead(DIM, HEADS, source="cross", kv_heads=2)
     x, other = draw(2, 4), draw(2, 9, seed=1)
@@ -254,7 +266,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="context must have the batch and length of x"):
             make("guide")(x, context=draw(1, 4))
 
-    @pytest.mark.parametrize("pattern", [None, Full(), Window(2, 1), Causal(future=True)], ids=str)
+    @pytest.mark.parametrize(
+        "pattern",
+        [None, Full(), Window(2, 1), Causal(future=True), per_head([Causal()] * 3 + [Full()]), per_sample([Full()])],
+        ids=str,
+    )
     def test_a_state_under_a_pattern_that_looks_ahead(self, pattern):
         layer = make("plain", pattern)
         with pytest.raises(ValueError, match="sees key 3, which has not come"):
@@ -265,6 +281,18 @@ class TestRefusals:
             make("guide").new_state()
         with pytest.raises(ValueError, match="state must be None"):
             make("dual triangle").new_state()
+
+    def test_shapes(self):
+        from jaxtyping import TypeCheckError
+
+        layer = make("rope")
+        for x, how in ((draw(1, 3)[0], {}), (draw(1, 3)[..., :9], {}), (draw(1, 3), {"positions": torch.arange(4)})):
+            with pytest.raises((ValueError, TypeCheckError)):
+                layer(x, **how)
+        with pytest.raises(ValueError, match=r"x must be \[batch, length, 16\], got shape \(1, 3, 9\)"):
+            layer._check(draw(1, 3)[..., :9], None, None, None)
+        with pytest.raises(ValueError, match=r"positions must be \[length\] = \[3\], got shape \(4,\)"):
+            layer._check(draw(1, 3), None, None, torch.arange(4))
 
     def test_a_state_of_another_batch(self):
         layer = make("plain", Causal())

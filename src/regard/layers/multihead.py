@@ -32,7 +32,7 @@ class MultiHead(nn.Module):
     2. norm: ``qk_norm`` over the head dimension of q and k;
     3. position: ``position.rotate`` and later ``position.bias``;
     4. temper: ``temper(q, n) -> q``, a factor for each query; n ``[1 or heads, length, 1]`` is the number of keys it
-       may see;
+       may see (with one more axis in front where the pattern differs between samples);
     5. attend: under ``pattern & self.pattern``;
     6. weigh: ``weigh(z, lse, q, v, n, x) -> z``, whatever is affine in the weights;
     7. gate: ``gate(x, z) -> z``, or of q, k, v (right after the projection) or the output, as ``gate_at`` says;
@@ -128,11 +128,11 @@ class MultiHead(nn.Module):
                 by index.
 
         Raises:
-            ValueError: context without use for it, or none where one is needed; context of another length under
-                "guide"; a state under another source than "self", or under a pattern by which tokens would see keys
-                that come later (stepping would not give the numbers of the parallel form).
+            ValueError: a shape that does not fit; context without use for it, or none where one is needed; context of
+                another length under "guide"; a state under another source than "self", or under a pattern by which
+                tokens would see keys that come later (stepping would not give the numbers of the parallel form).
         """
-        self._check(x, context, state)
+        self._check(x, context, state, positions)
         start = 0 if state is None else state.length
         end = start + x.shape[1]
         pattern = _meet(pattern, self.pattern)
@@ -180,7 +180,12 @@ class MultiHead(nn.Module):
             raise ValueError(f"state must be None: with source={self.source!r} nothing is carried between calls")
         return KeyValueState()
 
-    def _check(self, x: Tensor, context: Tensor | None, state: KeyValueState | None) -> None:
+    def _check(self, x: Tensor, context: Tensor | None, state: KeyValueState | None, positions: Tensor | None) -> None:
+        for name, value in (("x", x), ("context", context)):
+            if value is not None and (value.ndim != 3 or value.shape[-1] != self.dim):
+                raise ValueError(f"{name} must be [batch, length, {self.dim}], got shape {tuple(value.shape)}")
+        if positions is not None and positions.shape != x.shape[1:2]:
+            raise ValueError(f"positions must be [length] = [{x.shape[1]}], got shape {tuple(positions.shape)}")
         if self.source == "self" and context is not None:
             raise ValueError(f"context must be None with source='self', got shape {tuple(context.shape)}")
         if self.source != "self" and context is None:
@@ -241,16 +246,21 @@ def _meet(given: Pattern | None, own: Pattern | None) -> Pattern | None:
 
 
 def _seen(pattern: Pattern | None, q_len: int, kv_len: int, start: int) -> Tensor:
-    """How many keys each query may see, ``[1 or heads, q_len, 1]``."""
-    counts = (Full() if pattern is None else pattern).row_counts(q_len, kv_len, start)
-    return counts[None, :, None] if counts.ndim == 1 else counts[..., None]
+    """How many keys each query may see, ``[1 or heads, q_len, 1]``; ``[samples, ...]`` where samples differ."""
+    pattern = Full() if pattern is None else pattern
+    heads, samples = range(pattern.heads or 1), range(pattern.samples or 1)
+    each = [[pattern.of(h, s).row_counts(q_len, kv_len, start) for h in heads] for s in samples]
+    counts = torch.stack([torch.stack(rows) for rows in each])[..., None]
+    return counts if pattern.samples else counts[0]
 
 
 def _need_no_later_key(pattern: Pattern | None, start: int, end: int, heads: int) -> None:
     """Raise if a query of ``[start, end)`` may see key ``end``, the next to come."""
-    rows = torch.arange(start, end)[:, None]
+    pattern = Full() if pattern is None else pattern
+    rows, key, head = torch.arange(start, end)[:, None], torch.tensor([[end]]), torch.arange(heads)[:, None, None]
+    sample = torch.arange(pattern.samples or 1)[:, None, None, None]
     try:
-        some = pattern is None or pattern.allows(rows, torch.tensor([[end]]), torch.arange(heads)[:, None, None]).any()
+        some = bool(pattern.allows(rows, key, head, sample).any())
     except ValueError:
         return  # the pattern knows no such index, so none comes later
     if some:
