@@ -30,8 +30,9 @@ def attend_with(
 ) -> AttendWith:
     """Let `model` attend under a pattern: `with attend_with(model, Window(256) | Sinks(4)): model.generate(...)`.
 
-    The pattern counts in each sample's own tokens: padding on either side moves it along, cached keys have the
-    positions they were read at. Gradients pass. The model's own causality, window and padding stay in force.
+    The pattern counts in each sample's own tokens: padding on either side moves it along, as the model's padding mask
+    or its position ids tell it, and cached keys have the positions they were read at. Gradients pass. The model's own
+    causality, window and padding stay in force.
 
     Args:
         model: the module that is called.
