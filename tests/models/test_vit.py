@@ -53,6 +53,35 @@ def test_any_layer_plugs_in():
     assert model(torch.randn(1, 1, 4, 4)).shape == (1, 2)
 
 
+def test_windows_are_watched_with_their_table():
+    """The layer's own table tells the watch where its tokens stand; without it offsets are refused."""
+    import regard
+    from regard.watch.fold import Fold, Listed
+    from regard.watch.settings import Watch
+
+    torch.manual_seed(0)
+    model = ViT((8, 8), ["grid"], 2, dim=8).eval()
+    (name, layer) = next((n, m) for n, m in model.named_modules() if hasattr(m, "table"))
+    x = torch.randn(2, 1, 8, 8)
+    folds = {name: Fold(layer.grid, Listed(layer.table.flatten()))}
+    with torch.no_grad(), regard.watch(model, statistics=Watch(("distance",), tokens=False, folds=folds)) as watched:
+        model(x)
+        tokens = model.body.blocks[0].layer.norm1(x_of(model, x))
+        q, k, _ = layer.qkv(tokens).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    place = torch.arange(64)
+    scores = (q @ k.transpose(-1, -2) / 2).masked_fill(~layer.grid.allows(place[:, None], place[None]), -torch.inf)
+    expected = (scores.softmax(-1) * (place[:, None] - place[None]).abs()).sum((0, 2, 3))
+    found = torch.from_numpy(watched.atlas["distance"].values[0]).to(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    with pytest.raises(Exception, match="folds windows or axes into the batch"):
+        with torch.no_grad(), regard.watch(model, statistics=Watch(("distance",), tokens=False)):
+            model(x)
+
+
+def x_of(model, x):
+    return (model.embed(x) + model.body.positions).flatten(2).transpose(1, 2)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"mixers must be functions or names among .*window.*, got 'swin'"):
         ViT((8, 8), ["swin"], 2)

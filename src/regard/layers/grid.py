@@ -26,8 +26,9 @@ class GridAttention(nn.Module):
     Inside, tokens are reordered so that the groups of the grid lie together. Windows, strided grids, rows and columns
     (axes `Blocks`, `Congruent`, `Segments`, `Same`, `Full`) run as a batch of dense problems, and so do axes that leave
     at least 40 % of the pairs of a group of at most 1,024 tokens (`Causal`); anything sparser, as neighborhoods are,
-    goes through `kernels.attend`. `folded` says which. Windows that the map does not fill are padded inside; padding is
-    never attended to.
+    goes through `kernels.attend`. `folded` says which; ``table`` then lists the tokens of each group (-1 pads), which
+    is what `regard.watch.fold.Fold` needs to watch the layer. Windows that the map does not fill are padded inside;
+    padding is never attended to.
 
     Args:
         dim: width.
