@@ -18,7 +18,7 @@ help:
 	@echo "make test    the whole suite, the browser test included"
 	@echo "make lint    style, types, import floors"
 	@echo "make docs    the documentation site, in site/; a broken link fails"
-	@echo "make bench   the table of docs/performance.md"
+	@echo "make bench   the tables of docs/performance.md"
 	@echo "make wheel   the package, in dist/"
 	@echo "make clean   remove .venv and everything built"
 
@@ -40,6 +40,7 @@ docs: $(VENV)/stamp-docs
 
 bench: $(VENV)/stamp-run
 	$(BIN)/python benchmarks/watch.py
+	$(BIN)/python benchmarks/patterns.py
 
 wheel: $(VENV)/stamp-run
 	@rm -rf dist

@@ -95,6 +95,16 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(kept: dict[str, Any]) -> str:
+    """Every table of a run."""
+    shown = table(kept["results"])
+    if kept.get("layouts"):
+        import pattern_layouts
+
+        shown += f"\n### Layouts beside create_block_mask, one core\n\n{pattern_layouts.table(kept['layouts'])}\n"
+    return shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=16384)
@@ -105,11 +115,10 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="measure nothing; print what is kept in --out")
     args = parser.parse_args()
     out = args.out or HERE / "results" / ("patterns.json" if args.device == "cpu" else f"patterns-{args.device}.json")
-    if args.show:
-        print(table(json.loads(out.read_text())["results"]))
-        return
-
     sys.path.insert(0, str(HERE))
+    if args.show:
+        print(page(json.loads(out.read_text())))
+        return
     import torch
 
     from pattern_arms import cases, tensors, timed
@@ -129,6 +138,12 @@ def main() -> None:
         print(table(results[-1:]), flush=True)
         del case
         gc.collect()
+    layouts = []
+    if args.device == "cpu" and not args.only:
+        import pattern_layouts
+
+        layouts = pattern_layouts.layout_arms()
+        print(pattern_layouts.table(layouts), flush=True)
     cpu = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
@@ -144,7 +159,7 @@ def main() -> None:
         "seed": 0,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"provenance": provenance, "results": results}, indent=1) + "\n")
+    out.write_text(json.dumps({"provenance": provenance, "results": results, "layouts": layouts}, indent=1) + "\n")
     print(f"written: {out}", file=sys.stderr)
 
 
