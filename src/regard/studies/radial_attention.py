@@ -86,8 +86,8 @@ CLAIMS = [
 ]
 ALPHA, BETA, NOISE_DIM = 0.4, 0.1, 16
 SHAPE = {"smoke": (16, 64), "full": (64, 128)}
-HEADS = {"smoke": 2, "full": 4}
-SEEDS = {"smoke": 1, "full": 5}
+HEADS = {"smoke": 2, "full": 2}
+SEEDS = {"smoke": 1, "full": 3}
 BLOCK = {"smoke": 8, "full": 16}
 RELEASE_DECAY = 0.95
 
