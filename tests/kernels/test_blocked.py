@@ -67,8 +67,7 @@ def test_any_pattern_cut_finely(case, fine, room):
         patch.setattr(blocked_plan, "ALONE", fine * 8)
         patch.setattr(blocked_flash, "ROOM", room)
         patch.setattr(blocked_math, "ROOM", room)
-        same(pattern, q_len, kv_len, q_start, heads, kv_heads, batch)
-        same(pattern, q_len, kv_len, q_start, heads, kv_heads, batch, softcap=2.0)
+        same(pattern, q_len, kv_len, q_start, heads, kv_heads, batch, softcap=softcap)
 
 
 @given(case=catalogue.cases(per_head=True), keep=st.booleans())
@@ -111,6 +110,13 @@ LONG = [
 @pytest.mark.parametrize(("pattern", "q_len", "kv_len", "q_start"), LONG, ids=lambda x: str(x)[:40])
 def test_long_sequences(pattern, q_len, kv_len, q_start):
     same(pattern, q_len, kv_len, q_start, heads=2, kv_heads=2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [(90, 90), (40, 90), (90, 40)])
+@pytest.mark.parametrize("pattern", [Causal(), Full()])
+def test_patterns_that_are_one_call_of_the_kernel(pattern, lengths, kv_heads):
+    same(pattern, *lengths, 0, heads=4, kv_heads=kv_heads, batch=2)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 900, 900), (2, 1, 900, 1), (1, 1, 1, 900)])

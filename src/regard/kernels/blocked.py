@@ -63,6 +63,19 @@ def _wide(x: Tensor, width: int) -> Tensor:
 def describe(request: Request) -> dict[str, Any]:
     """Blocks, density, operations and bytes of the forward pass."""
     r = request
+    if _fused(r) and blocked_flash.whole(_call(r)) is not None:
+        pairs = r.batch * r.heads * int(r.pattern.row_counts(r.q_len, r.kv_len, r.q_start).sum())
+        outputs = r.batch * r.heads * r.q_len * (r.v_dim * r.q.element_size() + 4)
+        return {
+            "kernel": "flash attention of the CPU, one call",
+            "order": "memory order",
+            "block": [],
+            "blocks": 0,
+            "full": 0,
+            "computed": pairs,
+            "operations": 2 * (r.head_dim + r.v_dim) * pairs,
+            "bytes": sum(x.numel() * x.element_size() for x in (r.q, r.k, r.v)) + outputs,
+        }
     pairs = listed = full = moved = 0
     order = set()
     block = set()

@@ -16,8 +16,9 @@ from torch import Tensor
 from regard.kernels.blocked_plan import Batch
 from regard.kernels.blocked_strips import Call, Strip, flat, strips
 from regard.kernels.blocked_tiles import add_other, additive, allowed, put_anchor, take
+from regard.patterns.static import Causal, Full
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "whole"]
 
 ROOM = 1 << 23  # bytes of gathered tiles that stay in the cache, a thread pair
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -67,8 +68,32 @@ class _Masks:
         return mask.expand(*q.shape[:2], *mask.shape[2:]), empty
 
 
+def whole(call: Call) -> bool | None:
+    """Whether one call of the kernel does it all, and then whether it is the kernel's causal one; None: tiles."""
+    if isinstance(call.pattern, Full):
+        return False
+    causal = isinstance(call.pattern, Causal) and not call.pattern.future and call.q_start == 0
+    return True if causal else None
+
+
+def _grouped(q: Tensor, *others: Tensor) -> list[Tensor]:
+    """``[batch * kv_heads, group, length, width]`` of tensors with q's heads or with those of keys."""
+    kv_heads = min(x.shape[1] for x in (q, *others))
+    group = q.shape[1] // kv_heads
+    made = []
+    for x in (q, *others):
+        shaped = x.contiguous().view(-1, x.shape[1] // kv_heads, *x.shape[2:])
+        made.append(shaped.expand(-1, group, *[-1] * (x.ndim - 2)))
+    return made
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of float tensors whose heads are all equally wide."""
+    causal = whole(call)
+    if causal is not None:
+        inputs = (q, k, v) if q.shape[1] == k.shape[1] else _grouped(q, k, v)
+        o, s = _flash(*inputs, 0.0, causal, scale=call.scale)
+        return o.reshape(q.shape), s.reshape(q.shape[:3])
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=_carry(q))
     q_flat, k_flat, v_flat, out_flat, lse_flat = flat(q), flat(k), flat(v), out.flatten(0, 1), lse.flatten(0, 1)
     for strip in strips(call, q, k):
@@ -142,6 +167,14 @@ def backward(
         out = F.pad(torch.cat([out, column], -1), (0, extra - 1))
         q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # weights of a row without a key: exp(s - inf) = 0
+    causal = whole(call)
+    if causal is not None:
+        args = [d_out, q, k, v, out, lse]
+        args = args if q.shape[1] == k.shape[1] else _grouped(*args)
+        dq, dk, dv = _flash_backward(*args, 0.0, causal, scale=call.scale)
+        if q.shape[1] != k.shape[1]:
+            dq, dk, dv = dq.reshape(q.shape), dk.sum(1).view(k.shape), dv.sum(1).view(v.shape)
+        return dq[..., :width], dk[..., :width], dv[..., :width]
     dq = q.new_zeros(q.shape, dtype=lse.dtype)
     dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (k, v))
     inputs = [flat(x) for x in (q, k, v, out, d_out)] + [lse.contiguous().flatten(0, 1)]
