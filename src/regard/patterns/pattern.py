@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Pattern", "Rows", "resolve_q_start"]
 
 CHUNK = 1 << 22  # pairs evaluated at once when a pattern has no closed form
-CELLS = 1 << 17  # runs of equal blocks worked on at once
+CELLS = 1 << 15  # runs of equal blocks worked on at once
 
 
 def resolve_q_start(q_len: int, kv_len: int, q_start: int | None) -> int:
@@ -264,7 +264,16 @@ def layout_of(parts: list[Pattern], frame: st.Frame, heads: int = 1, samples: in
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    """The arrays one after the other; each is let go once it is copied, so that not all is held twice."""
+    if len(arrays) == 1:
+        return arrays[0]
+    out = np.empty(sum(map(len, arrays)), arrays[0].dtype)
+    end = len(out)
+    while arrays:
+        part = arrays.pop()
+        out[end - len(part) : end] = part
+        end -= len(part)
+    return out
 
 
 def _blocks(pattern: Pattern, frame: st.Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -279,5 +288,7 @@ def _blocks(pattern: Pattern, frame: st.Frame) -> tuple[np.ndarray, np.ndarray, 
         done.append(st.expand(states))
         step = max(1, min(CELLS * (last - first) // max(len(states.at), 1), 4 * step))
         first = last
-    counts, indices, full = (_joined(list(column)) for column in zip(*done, strict=True))
+    columns = [list(column) for column in zip(*done, strict=True)]
+    done.clear()
+    counts, indices, full = (_joined(column) for column in columns)
     return counts, indices, full

@@ -35,7 +35,7 @@ __all__ = [
 
 ABSENT, PARTIAL, FULL = 1, 2, 4  # sets of them: what the block may be
 OPEN = np.array([bin(s).count("1") > 1 for s in range(8)])
-PAIRS = 1 << 22  # pairs of an open block evaluated at once
+PAIRS = 1 << 20  # pairs of an open block evaluated at once
 
 
 class Frame(NamedTuple):
