@@ -22,6 +22,7 @@ from regard.patterns import (
     Window,
     Within,
     per_head,
+    per_sample,
 )
 from regard.watch.attend_with import attend_with
 from regard.watch.call import Call
@@ -203,6 +204,23 @@ def test_heads_and_tables():
         with attend_with(model, table) as used:
             assert torch.allclose(output(model, inputs), want, **CLOSE)
         assert used.used == {names[1]: 1}
+
+
+def test_samples_that_differ():
+    """per_sample([...]) with samples padded differently."""
+    model, tokens = llama(), ids(2, 8)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    pattern = per_sample([Window(1), Window(2) | Sinks(1)])
+    with attend_with(model, pattern):
+        got = output(model, {"input_ids": tokens, "attention_mask": mask})
+    for b, one in enumerate(pattern.patterns):
+        with attend_with(model, one):
+            alone = output(model, {"input_ids": tokens[b : b + 1, 3 * b :]})
+        assert torch.allclose(got[b, 3 * b :], alone[0], **CLOSE)
+    with attend_with(model, pattern & Causal()):
+        with pytest.raises(ValueError, match=r"per_sample\(\[...\]\) outermost, with one for each of the 2 samples"):
+            output(model, {"input_ids": tokens, "attention_mask": mask})
 
 
 def test_cross_attention_is_changed_where_it_is_named():

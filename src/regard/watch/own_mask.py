@@ -6,13 +6,14 @@ what the pattern costs; whatever else it says stays a bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regard.patterns import Causal, Columns, Full, Pattern, Window, Within, per_sample
+from regard.patterns import Causal, Columns, Full, Pattern, PerSample, Window, Within, per_sample
 from regard.watch.padding import TILE, allowed, padding_of, survey
 
 if TYPE_CHECKING:
@@ -43,16 +44,27 @@ class OwnMask:
 
         Not `shifted`: positions count on the padded axes, as cross-attention has them.
         """
-        inner = both(pattern, self.shape) if keep and self.shape is not None else pattern
         placed = []
-        for (start, stop), columns in zip(self.spans, self.columns, strict=True):
-            out = inner
+        for part, (start, stop), columns in zip(self._each(pattern), self.spans, self.columns, strict=True):
+            inner = out = both(part, self.shape) if keep and self.shape is not None else part
             if start == stop:
                 out = both(inner, Columns(()))
             elif (start, stop) != (0, self.kv_len):
                 out = Within(inner, start, stop) if shifted else both(inner, Columns(((start, stop),)))
             placed.append(out if columns is None else both(out, columns))
         return placed[0] if len(placed) == 1 else per_sample(placed)
+
+    def _each(self, pattern: Pattern) -> Sequence[Pattern]:
+        """The pattern of each of the spans."""
+        count = len(self.spans)
+        if pattern.samples is None or count == 1:
+            return [pattern] * count
+        if not isinstance(pattern, PerSample) or pattern.samples != count:
+            raise ValueError(
+                f"pattern must have per_sample([...]) outermost, with one for each of the {count} samples of this "
+                f"padded batch, got one of {pattern.samples} samples in {type(pattern).__name__}"
+            )
+        return pattern.patterns
 
 
 def both(a: Pattern, b: Pattern) -> Pattern:
