@@ -104,8 +104,8 @@ class AxialAttention(GridAttention):
             raise ValueError(f"state has taken all {self.steps} steps of axis {self.axis}; start a new one")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unsqueeze(4)
         keys, values = state.append(k, v)
-        lines = [t.transpose(1, 2).flatten(0, 1) for t in (q, keys, values)]  # [batch * lines, heads, steps, head_dim]
-        y = scaled_dot_product_attention(*lines)
+        q, keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (q, keys, values))  # lines are a batch
+        y = scaled_dot_product_attention(q, keys, values)
         return self.proj(y.flatten(1).unflatten(0, (x.shape[0], x.shape[1])))
 
 

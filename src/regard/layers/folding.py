@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from regard.patterns import Grid, Pattern, intervals
 
 MOST_MASKED = 1024  # tokens of a group that still gets a mask of all its pairs
 LEAST_FILLED = 0.4  # share of a group's pairs that must be allowed for dense to be worth it
@@ -31,23 +32,31 @@ class Folding:
     mask: Bool[Tensor, "groups_or_1 slots slots"] | None
 
 
-def axis_mask(axis: Any, n: int) -> Bool[Tensor, "n n"]:
-    """All pairs of one axis of n coordinates."""
+def axis_groups(axis: Pattern, n: int) -> Int[Tensor, "groups size"]:
+    """The classes of an axis whose pairs are an equivalence (-1 pads short ones); else one group of everything.
+
+    From the intervals of its rows, so an axis of a million coordinates costs its intervals and no n x n mask.
+    """
     place = torch.arange(n)
-    return axis.allows(place[:, None], place[None]).expand(n, n)
+    rows = axis.rows(place, place + 1, n)
+    if rows is not None:
+        keys = rows.any
+        label, size = keys[:, 0, 0], intervals.length(keys)  # no row is empty here
+        own = ((keys[..., 0] <= place[:, None]) & (place[:, None] < keys[..., 1])).any(1)
+        same = bool((keys == keys[label]).all())
+    else:
+        mask = axis.allows(place[:, None], place[None]).expand(n, n)
+        label, size, own = mask.int().argmax(1), mask.sum(1), mask.diagonal()
+        same = bool((mask == mask[label]).all())
+    # Every q sees itself and what the first key of q sees: a partition iff each class is as large as its members' rows.
+    if not (same and bool(own.all()) and torch.equal(label.bincount(minlength=n)[label], size)):
+        return place[None]
+    order = label.argsort(stable=True)
+    members = order.split(label.bincount()[label.unique()].tolist())
+    return torch.nn.utils.rnn.pad_sequence(list(members), batch_first=True, padding_value=-1)
 
 
-def axis_groups(mask: Bool[Tensor, "n n"]) -> Int[Tensor, "groups size"]:
-    """The classes of an axis whose pairs are an equivalence (-1 pads short ones); else one group of everything."""
-    n = len(mask)
-    label = mask.int().argmax(1)
-    if not torch.equal(mask, label[:, None] == label[None]):
-        return torch.arange(n)[None]
-    members = [(label == first).nonzero().flatten() for first in label.unique()]
-    return torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
-
-
-def fold(grid: Any) -> Folding | None:
+def fold(grid: Grid) -> Folding | None:
     """The folding of a grid; None where groups are too large or too sparse to run dense.
 
     Axes that are an equivalence (`Blocks`, `Congruent`, `Same`, `Full`, `Segments`) fall apart into their classes; any
@@ -55,16 +64,17 @@ def fold(grid: Any) -> Folding | None:
     ``LEAST_FILLED`` of its pairs.
     """
     shape = tuple(grid.shape)
-    masks = [axis_mask(axis, n) for axis, n in zip(grid.axes, shape, strict=True)]
-    if not all(bool(m.any(1).all()) for m in masks):
+    counts = [axis.row_counts(n, n, 0) for axis, n in zip(grid.axes, shape, strict=True)]
+    if any(bool((c == 0).any()) for c in counts):
         return None  # queries without a key: attend has them
-    groups = [axis_groups(m) for m in masks]
+    groups = [axis_groups(axis, n) for axis, n in zip(grid.axes, shape, strict=True)]
     sizes = tuple(g.shape[1] for g in groups)
-    pairs = [_pairs(m, g) for m, g in zip(masks, groups, strict=True)]
-    if any(p is not None for p in pairs):
-        filled = math.prod(int(m.sum()) / int(((g >= 0).sum(1) ** 2).sum()) for m, g in zip(masks, groups, strict=True))
-        if math.prod(sizes) > MOST_MASKED or filled < LEAST_FILLED:
-            return None
+    squares = [int(((g >= 0).sum(1) ** 2).sum()) for g in groups]
+    filled = math.prod(int(c.sum()) / square for c, square in zip(counts, squares, strict=True))
+    padded = any(bool((g < 0).any()) for g in groups)
+    if (filled < 1 or padded) and (math.prod(sizes) > MOST_MASKED or filled < LEAST_FILLED):
+        return None
+    pairs = [_pairs(a, n, g, int(c.sum())) for a, n, g, c in zip(grid.axes, shape, groups, counts, strict=True)]
     table = torch.zeros(1, 1, dtype=torch.long)
     for g, n in zip(groups, shape, strict=True):
         there = (table >= 0)[:, None, :, None] & (g >= 0)[None, :, None, :]
@@ -76,11 +86,12 @@ def fold(grid: Any) -> Folding | None:
     return Folding(table, sizes, slot, _product(pairs, groups))
 
 
-def _pairs(mask: Tensor, groups: Tensor) -> Tensor | None:
+def _pairs(axis: Pattern, n: int, groups: Tensor, count: int) -> Tensor | None:
     """Which slots of each group meet, [groups, size, size]; padded slots see all that is there. None: all meet."""
     there, at = groups >= 0, groups.clamp(min=0)
-    allowed = (mask[at[:, :, None], at[:, None, :]] | ~there[:, :, None]) & there[:, None, :]
-    return None if bool(allowed.all()) else allowed
+    if bool(there.all()) and count == groups.shape[0] * groups.shape[1] ** 2:
+        return None
+    return (axis.allows(at[:, :, None], at[:, None, :]) | ~there[:, :, None]) & there[:, None, :]
 
 
 def _product(pairs: list[Tensor | None], groups: list[Tensor]) -> Tensor | None:

@@ -43,6 +43,11 @@ class GridAttention(nn.Module):
         ValueError: heads that do not divide dim; a relative bias where there are no groups.
     """
 
+    table: Tensor
+    slot: Tensor
+    mask: Tensor | None
+    offset: Tensor
+
     def __init__(self, dim: int, heads: int, grid_pattern: Grid, rel_bias: bool = False, bias: bool = True):
         super().__init__()
         need_heads(dim, heads)
@@ -51,9 +56,9 @@ class GridAttention(nn.Module):
         folding = fold(grid_pattern)
         self.folded = folding is not None
         self.sizes = folding.sizes if folding is not None else ()
-        self._keep("table", folding and folding.table)
-        self._keep("slot", folding and folding.slot)
-        self._keep("mask", folding and folding.mask)
+        self._keep("table", None if folding is None else folding.table)
+        self._keep("slot", None if folding is None else folding.slot)
+        self._keep("mask", None if folding is None else folding.mask)
         self.rel_bias: nn.Parameter | None = None
         if rel_bias:
             if folding is None:
@@ -72,7 +77,9 @@ class GridAttention(nn.Module):
         need_length(self, x.shape[1], self.grid.shape)
         if not self.folded:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            return self.proj(attend(q, k, v, self.grid, q_start=0).transpose(1, 2).flatten(2))
+            y = attend(q, k, v, self.grid, q_start=0)
+            assert isinstance(y, Tensor)  # no lse was asked for
+            return self.proj(y.transpose(1, 2).flatten(2))
         groups, size = self.table.shape
         gathered = x.index_select(1, self.table.flatten().clamp(min=0))
         q, k, v = self.qkv(gathered).unflatten(-1, (3, self.heads, -1)).unbind(2)

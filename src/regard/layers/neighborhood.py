@@ -38,6 +38,7 @@ class NeighborhoodAttention(GridAttention):
         causal: bool | Sequence[bool] = False,
         bias: bool = True,
     ):
-        sides = [v if isinstance(v, int) else tuple(v) for v in (window, stride, dilation)]
+        window, stride, dilation = (v if isinstance(v, int) else tuple(v) for v in (window, stride, dilation))
         along = causal if isinstance(causal, bool) else tuple(causal)
-        super().__init__(dim, heads, Neighborhood(tuple(shape), *sides, along), bias=bias)
+        grid = Neighborhood(tuple(shape), window=window, stride=stride, dilation=dilation, causal=along)
+        super().__init__(dim, heads, grid, bias=bias)

@@ -102,7 +102,9 @@ class AxialDecoder(nn.Module):
         """The state of sampling one channel; ``before`` is what `earlier` gives (None: the first channel)."""
         if before is None:
             before = self.start.new_zeros(batch, *self.shape, self.start.shape[0])
-        return AxialSampling(before, [b.mixer.new_state() if i % 2 == 0 else None for i, b in enumerate(self.upper)])
+        return AxialSampling(
+            before, [_attention(b).new_state() if i % 2 == 0 else None for i, b in enumerate(self.upper)]
+        )
 
     def step(
         self, pixels: Int[Tensor, "batch"] | None, state: AxialSampling, channel: int = 0
@@ -122,11 +124,10 @@ class AxialDecoder(nn.Module):
             raise ValueError(
                 f"pixels must be None at the first pixel and given after it, got {pixels} at {state.pixel}"
             )
-        right = self.start.expand(len(state.before), -1) if j == 0 else None
+        right = self.start.expand(len(state.before), -1)
         if pixels is not None:
-            h = self._embedded(pixels, channel)
-            state.row.append(h)
-            right = h if right is None else right
+            state.row.append(self._embedded(pixels, channel))
+            right = state.row[-1] if j > 0 else right
         if j == 0:
             self.start_row(state, i)
         place = state.before[:, i, j] + self.rows[i, 0] + self.columns[j]
@@ -139,7 +140,7 @@ class AxialDecoder(nn.Module):
     def start_row(self, state: AxialSampling, i: int) -> None:
         """Opens row i: the upper stack over the row before, which ``state.row`` holds; `step` calls it itself."""
         state.above = torch.zeros_like(state.before[:, 0])
-        state.inner = [b.mixer.new_state() for b in self.inner]
+        state.inner = [_attention(b).new_state() for b in self.inner]
         if i > 0 and len(self.upper):
             place = state.before[:, i - 1] + self.rows[i - 1] + self.columns
             u = torch.stack(state.row, 1) + place
@@ -196,9 +197,15 @@ class AxialSampling:
 
 def _through(blocks: nn.ModuleList, x: Map) -> Map:
     for block in blocks:
-        of_a_row = len(block.mixer.grid.shape) == 1
+        of_a_row = len(_attention(block).grid.shape) == 1
         x = block(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if of_a_row else _of_map(block, x)
     return x
+
+
+def _attention(block: nn.Module) -> AxialAttention:
+    mixer = block.mixer
+    assert isinstance(mixer, AxialAttention)
+    return mixer
 
 
 def _of_map(block: nn.Module, x: Map) -> Map:

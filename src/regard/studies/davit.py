@@ -122,7 +122,7 @@ def _blind() -> Finding:
 def _model(arm: str, classes: int, read_out: Any) -> Any:
     from regard.models.vit import ViT
 
-    marks = {"channels": 4, "embed_std": 3.0, "position_std": 1.0} if read_out == "token" else {}
+    marks: dict[str, Any] = {"channels": 4, "embed_std": 3.0, "position_std": 1.0} if read_out == "token" else {}
     return ViT((8, 8), ARMS[arm], classes, dim=DIM, heads=HEADS, window=WINDOW, read_out=read_out, **marks)
 
 
