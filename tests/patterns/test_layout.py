@@ -103,8 +103,8 @@ def test_values_and_errors():
     assert layout.nbytes == 4 * 8 + 6 * 4 + 6
     with pytest.raises(ValueError, match=r"indptr must have .* = 4 entries, got 3"):
         BlockLayout(layout.indptr[:3], layout.indices, layout.full, 9, 9, (4, 4))
-    with pytest.raises(ValueError, match=r"indices and full must have .* = 6 entries, got 5 and 6"):
-        BlockLayout(layout.indptr, layout.indices[:5], layout.full, 9, 9, (4, 4))
+    with pytest.raises(ValueError, match=r"indices and full must have .* = 6 entries, got 5 and 5"):
+        BlockLayout(layout.indptr, layout.indices[:5], layout.full[:5], 9, 9, (4, 4))
     with pytest.raises(ValueError, match=r"some must end in \(3, 3\) blocks"):
         BlockLayout.from_dense(torch.ones(2, 3).bool(), torch.ones(2, 3).bool(), 9, 9, 4)
     with pytest.raises(ValueError, match="factor must be an integer >= 1"):
