@@ -17,9 +17,10 @@ def clip(sets: Int[Tensor, "rows m 2"], limit: int) -> Int[Tensor, "rows m_out 2
         return sets.new_zeros(rows, 0, 2)
     lo, hi = np.ascontiguousarray(np.moveaxis(sets.cpu().numpy(), -1, 0).clip(0, limit))
     there = lo < hi
-    if not (lo[:, 1:] >= lo[:, :-1]).all() and (
-        np.maximum.accumulate(np.where(there, lo, -1), axis=1) > np.where(there, lo, limit)
-    ).any():
+    if (
+        not (lo[:, 1:] >= lo[:, :-1]).all()
+        and (np.maximum.accumulate(np.where(there, lo, -1), axis=1) > np.where(there, lo, limit)).any()
+    ):
         order = np.where(there, lo, limit).argsort(axis=1)  # empties sort last
         lo, hi, there = (np.take_along_axis(x, order, 1) for x in (lo, hi, there))
     reach = np.maximum.accumulate(np.where(there, hi, -1), axis=1)
