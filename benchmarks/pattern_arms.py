@@ -228,7 +228,7 @@ def neighborhood(shape: tuple[int, ...], kernel: tuple[int, ...], tile: tuple[in
     grid = Neighborhood(shape, kernel)
     length = int(torch.Size(shape).numel())
     q, k, v = tensors(length, dtype)
-    before: dict[str, dict[str, float]] = {"blocked": {}, "FlexAttention, the same tiles": {}}
+    before: dict[str, dict[str, float]] = {"blocked": {}}
     tiled = grid.tiled(tile)
     in_tiles = InTiles(tiled)
 
