@@ -18,7 +18,7 @@ def seen(n, side, blocks, order):
     return (total / n / n) ** 2
 
 
-@pytest.mark.parametrize(("n", "side"), [(12, 3), (20, 4), (14, 7), (56, 7)])
+@pytest.mark.parametrize(("n", "side"), [(12, 3), (14, 7)])
 def test_coverage_is_that_of_the_predicates(n, side):
     for order, blocks in itertools.product([("plain", "grid"), ("grid", "plain"), ("plain", "plain")], (1, 2)):
         assert maxvit.coverage(n, side, blocks, order) == pytest.approx(seen(n, side, blocks, order), abs=1e-12)
