@@ -53,9 +53,12 @@ def heads_of(pattern):
 
 
 @given(
-    case=catalogue.cases(per_head=True), fine=st.sampled_from([2, 4, 7]), room=st.sampled_from([1, 1 << 12, 1 << 23])
+    case=catalogue.cases(per_head=True),
+    fine=st.sampled_from([2, 4, 7]),
+    room=st.sampled_from([1, 1 << 12, 1 << 23]),
+    softcap=st.sampled_from([None, 2.0]),
 )
-def test_any_pattern_cut_finely(case, fine, room):
+def test_any_pattern_cut_finely(case, fine, room, softcap):
     """Small blocks, chunks of one tile, views of short runs: everything that long sequences meet."""
     pattern, q_len, kv_len, q_start, _ = case
     heads, kv_heads, batch = heads_of(pattern)
