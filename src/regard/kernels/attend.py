@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from regard.kernels.normalize import Normalizer, Softmax
 from regard.kernels.request import Request, make_request
@@ -125,6 +126,24 @@ def attend(
         ValueError: for an argument that is not as said above, a pattern that does not fit the lengths, heads or
             samples, and a backend that refuses the call, with its reason.
     """
+    if has_torch_function((q, k, v)):  # a mode that looks on, as `regard.watch` does
+        return handle_torch_function(
+            attend,
+            (q, k, v),
+            q,
+            k,
+            v,
+            pattern,
+            q_start=q_start,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            sink=sink,
+            normalize=normalize,
+            return_lse=return_lse,
+            layout=layout,
+            backend=backend,
+        )
     request = make_request(
         q,
         k,

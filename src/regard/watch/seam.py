@@ -3,9 +3,10 @@
 Watching, planning and steering are handlers of this one seam; no model class is patched.
 
 What the seam sees: `torch.nn.functional.scaled_dot_product_attention` under any name it was imported by, the same
-operator in exported programs, and `F.multi_head_attention_forward`, which is what `nn.MultiheadAttention`,
-`nn.TransformerEncoder` and `nn.Transformer` use. Under a handler those modules take their ordinary path, not the fused
-"fast path" of evaluation: outputs agree to rounding, and padded positions hold values instead of zeros.
+operator in exported programs, `regard.attend` (as the call of SDPA that computes the same), and
+`F.multi_head_attention_forward`, which is what `nn.MultiheadAttention`, `nn.TransformerEncoder` and `nn.Transformer`
+use. Under a handler those modules take their ordinary path, not the fused "fast path" of evaluation: outputs agree to
+rounding, and padded positions hold values instead of zeros.
 
 What is refused by name: see `regard.watch.refuse`; FlexAttention and direct calls of `torch.ops.aten._scaled_dot_*`
 when they happen. What cannot be known: attention written as matrix products by hand (modules whose name says attention
@@ -34,6 +35,7 @@ from regard.watch.call import Call
 from regard.watch.context import Forward, Frame, parameter_names
 from regard.watch.layout import layout_of
 from regard.watch.mha import Relay, WeightedAttention
+from regard.watch.own_attend import as_sdpa, attend
 from regard.watch.refuse import SeamError, refusals, require_module
 
 __all__ = ["Call", "Handler", "Seam", "SeamError", "SeamWarning"]
@@ -224,6 +226,8 @@ class Seam(TorchFunctionMode):
             return self._catch(func, args, kwargs)
         if func is _MHA:
             return self._multi_head(args, kwargs)
+        if func is attend:
+            return self._own(args, kwargs)
         if type(func) in _OPERATORS and self._stack and not self._busy:
             name = str(getattr(func, "__name__", func))
             if name.split(".")[0] == "scaled_dot_product_attention":
@@ -235,9 +239,28 @@ class Seam(TorchFunctionMode):
                 )
         return func(*args, **kwargs)
 
+    def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`regard.attend`: the handler sees the call of SDPA that computes the same; left alone, it runs as it is."""
+        if not self._stack or self._busy or self._state is None:
+            return attend(*args, **kwargs)
+        like, how = as_sdpa(self._stack[-1].name, args, kwargs)
+        out = self._answer(_SDPA, like, how)
+        if out is None:
+            return attend(*args, **kwargs)
+        if kwargs.get("return_lse"):
+            raise SeamError(
+                f"layer {self._stack[-1].name!r} asks regard.attend for the lse, which a changed output does not have"
+            )
+        return out
+
     def _catch(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if not self._stack or self._busy or self._state is None:
             return func(*args, **kwargs)
+        out = self._answer(func, args, kwargs)
+        return func(*args, **kwargs) if out is None else out
+
+    def _answer(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What the handler gives for a call, in the caller's form."""
         frame = self._stack[-1]
         if frame.name not in self._callers:
             self._first_call(frame)
@@ -248,9 +271,7 @@ class Seam(TorchFunctionMode):
             out = self.handler(call)
         finally:
             self._busy = False
-        if out is None:
-            return func(*args, **kwargs)
-        return call.give(out)
+        return None if out is None else call.give(out)
 
     def _first_call(self, frame: Frame) -> None:
         self._callers.add(frame.name)
