@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from regard.watch.intervene import Edit as Edit
     from regard.watch.intervene import Site as Site
     from regard.watch.intervene import intervene as intervene
-    from regard.watch.intervene import intervene as steer
     from regard.watch.intervene import scan as scan
     from regard.watch.intervene import trace as trace
     from regard.watch.recorder import watch as watch
+
+    steer = intervene
 
 _HOME = {
     "attend": "regard.kernels.attend:attend",

@@ -52,7 +52,7 @@ def _mask(layer: str, request: Request) -> Tensor | None:
     if pairs > MOST_PAIRS:
         raise SeamError(
             f"layer {layer!r} calls regard.attend under {request.pattern!r} on {request.q_len} x {request.kv_len} "
-            f"pairs ({pairs} with its heads and samples); the seam writes the pattern out as a mask, at most {MOST_PAIRS}"
+            f"pairs ({pairs} with its heads and samples); the seam writes it out as a mask, at most {MOST_PAIRS}"
         )
     allowed = request.allowed()
     if request.bias is None:
