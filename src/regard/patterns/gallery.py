@@ -143,9 +143,9 @@ from regard.patterns import Causal, Segments, Sinks, Window
 
 documents = Segments.from_lengths([700, 1300, 48])
 pattern = (Window(256) | Sinks(4)) & Causal() & documents
-print(pattern.show(64))                  # a picture in the terminal; a notebook shows SVG; .save("x.svg") writes a file
-layout = pattern.layout(2048, 2048, 128) # the blocks of 128 that hold an allowed pair, and which of them are full
-mask = layout.to_block_mask(pattern)     # FlexAttention's BlockMask
+print(pattern.show(64))  # a picture in the terminal; a notebook shows SVG; .save("x.svg") writes a file
+layout = pattern.layout(2048, 2048, 128)  # the blocks of 128 that hold an allowed pair, and which of them are full
+mask = layout.to_block_mask(pattern)  # FlexAttention's BlockMask
 ```
 
 `layout` is exact and takes no mask: it follows from intervals of keys, at the cost of the blocks listed. `density`,

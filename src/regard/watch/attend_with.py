@@ -45,8 +45,7 @@ def attend_with(
         backend: of `regard.attend`.
         anatomy: the model's parts, for tables with numbers, where the model does not say enough of itself.
 
-    A recorder opened inside sees the calls as the model makes them, without the pattern; one outside sees none of
-    those that were changed.
+    A recorder opened inside sees the calls as the model makes them, without the pattern; one outside sees them with it.
 
     Raises:
         LookupError: on opening, for a layer that the model does not have.
