@@ -1,5 +1,7 @@
 """ModAdd and ModMarker: the answers, splits without a mirror image, nothing but the marked values tells the answer."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_marked_values(task):
     for i, row in enumerate(batch.input_ids.tolist()):
         at = [p for p, token in enumerate(row) if token == task.marker]
         assert len(at) == task.markers
-        assert all(later - p >= 3 for p, later in zip(at, at[1:], strict=False))
+        assert all(later - p >= 3 for p, later in pairwise(at))
         values = [row[p + 1] for p in at]
         assert max(values) < task.modulus
         assert row[-2] == task.question
