@@ -110,14 +110,26 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--repeats", type=int, help="for every case; each has its own number by default")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="only cases with this in their name")
+    parser.add_argument("--only", default="", help="only cases with this in their name; needs --out")
+    parser.add_argument("--layouts", action="store_true", help="measure the layouts again, in what is kept in --out")
     parser.add_argument("--out", type=Path, help="default: results/patterns.json, patterns-cuda.json on a GPU")
     parser.add_argument("--show", action="store_true", help="measure nothing; print what is kept in --out")
     args = parser.parse_args()
     out = args.out or HERE / "results" / ("patterns.json" if args.device == "cpu" else f"patterns-{args.device}.json")
     sys.path.insert(0, str(HERE))
+    if args.only and not args.out:
+        parser.error("--only measures a part and would replace what is kept of all; say --out FILE")
     if args.show:
         print(page(json.loads(out.read_text())))
+        return
+    if args.layouts:
+        import pattern_layouts
+
+        kept = json.loads(out.read_text())
+        kept["layouts"] = pattern_layouts.layout_arms()
+        kept["provenance"]["layouts"] = datetime.now(UTC).isoformat(timespec="seconds")
+        out.write_text(json.dumps(kept, indent=1) + "\n")
+        print(pattern_layouts.table(kept["layouts"]))
         return
     import torch
 

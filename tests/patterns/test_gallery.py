@@ -27,3 +27,9 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "patterns.md").read_text(encoding="utf-8").startswith("# Patterns")
     assert main([]) == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_what_is_written_is_what_is_drawn():
+    for examples in CATALOGUE.values():
+        for example in examples:
+            assert eval(example.code, dict(vars(rp))) == example.pattern, example.code
