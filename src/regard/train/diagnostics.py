@@ -200,7 +200,7 @@ def commutator(
     """
     if lr <= 0:
         raise ValueError(f"lr must be positive, got {lr}")
-    dropouts = [m for m in model.modules() if m.training and "Dropout" in type(m).__name__ and getattr(m, "p", 0)]
+    dropouts = [m for m in model.modules() if m.training and "Dropout" in type(m).__name__ and getattr(m, "p", 0.0) > 0]
     if dropouts:
         raise ValueError(f"model must be in eval mode, its {type(dropouts[0]).__name__} would differ between orders")
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
