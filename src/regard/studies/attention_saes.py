@@ -3,6 +3,9 @@
 A model of two attention layers learns RepeatedTokens here; an autoencoder then codes the outputs of layer 1, all heads
 side by side. Rows judged are those that predict a repeated token. The model is judged on sequences that neither it nor
 the autoencoder was trained on.
+
+Two numbers were chosen by looking, at seed 0: at a constant rate 400 steps ended at a loss of 0.114, above the gate of
+0.1, so the rate falls over the last quarter; lambda lies between the 2 and 4 that gave 17 and 5 active features a row.
 """
 
 from __future__ import annotations
