@@ -126,38 +126,19 @@ def attend(
         ValueError: for an argument that is not as said above, a pattern that does not fit the lengths, heads or
             samples, and a backend that refuses the call, with its reason.
     """
+    how: dict[str, Any] = {
+        "q_start": q_start,
+        "bias": bias,
+        "scale": scale,
+        "softcap": softcap,
+        "sink": sink,
+        "normalize": normalize,
+        "return_lse": return_lse,
+        "layout": layout,
+    }
     if has_torch_function((q, k, v)):  # a mode that looks on, as `regard.watch` does
-        return handle_torch_function(
-            attend,
-            (q, k, v),
-            q,
-            k,
-            v,
-            pattern,
-            q_start=q_start,
-            bias=bias,
-            scale=scale,
-            softcap=softcap,
-            sink=sink,
-            normalize=normalize,
-            return_lse=return_lse,
-            layout=layout,
-            backend=backend,
-        )
-    request = make_request(
-        q,
-        k,
-        v,
-        pattern,
-        q_start=q_start,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        sink=sink,
-        normalize=normalize,
-        return_lse=return_lse,
-        layout=layout,
-    )
+        return handle_torch_function(attend, (q, k, v), q, k, v, pattern, backend=backend, **how)
+    request = make_request(q, k, v, pattern, **how)
     out, lse = run(request, backend)
     return (out, cast(Tensor, lse)) if return_lse else out
 

@@ -7,7 +7,8 @@ the metric. Those that read attention are in `regard.steer.flow`. Padding, where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from regard.watch.edits import Edit
 from regard.watch.effects import Metric
 from regard.watch.places import find_logits
 from regard.watch.probe import run
-from regard.watch.scan import stack
+from regard.watch.scan import score, stack
 from regard.watch.session import Session
 from regard.watch.site import Site
 from regard.watch.trace import trace
@@ -123,8 +124,8 @@ def occlusion(
     length = x.shape[1]
     keep = ~torch.eye(length, dtype=torch.bool, device=x.device)
     values = _masked(model, inputs, metric, x, away, keep[:, None].expand(-1, len(x), -1), chunk, anatomy)
-    with torch.no_grad(), Session(model, parts=anatomy, inputs=inputs):
-        plain = metric(find_logits(run(model, inputs))[0])
+    with torch.no_grad():
+        plain = score(model, inputs, metric, anatomy=anatomy)
     return _silent(plain[:, None] - values.T, inputs)
 
 
@@ -179,8 +180,7 @@ def _gradients(
     """The gradient of the metric by the embeddings, at each of the points."""
     batch = len(points[0])
     found: list[Tensor] = []
-    for begin in range(0, len(points), chunk):
-        some = points[begin : begin + chunk]
+    for some in batched(points, chunk):
 
         def split(logits: Tensor) -> Tensor:
             return torch.cat([metric(part) for part in logits.split(batch)])
@@ -205,14 +205,30 @@ def _masked(
     anatomy: Anatomy | None,
 ) -> Float[Tensor, "masks batch"]:
     """The metric with the embeddings that a mask drops replaced by `fill`."""
-    found: list[Tensor] = []
-    for some in keep.split(chunk):
-        value = torch.where(some[..., None], x, fill).flatten(0, 1)
-        edit = [(Edit(EMBED, "set", value=value), None)]
+    values = (torch.where(k[..., None], x, fill) for k in keep)
+    return torch.stack([metric(logits) for logits in embedded(model, inputs, values, chunk, anatomy)])
+
+
+def embedded(
+    model: nn.Module,
+    inputs: Any,
+    values: Iterable[Float[Tensor, "batch length dim"]],
+    chunk: int,
+    anatomy: Anatomy | None = None,
+) -> Iterator[Float[Tensor, "batch *rest"]]:
+    """The logits with each of these embeddings in place of the tokens' own, `chunk` of them sharing a pass."""
+    for some in batched(values, chunk):
+        edit = [(Edit(EMBED, "set", value=torch.cat(some)), None)]
         with Session(model, edit, parts=anatomy, inputs=inputs):
-            logits = find_logits(run(model, stack(inputs, len(some), len(x))))[0]
-        found += [metric(part) for part in logits.split(len(x))]
-    return torch.stack(found)
+            logits = find_logits(run(model, stack(inputs, len(some), len(some[0]))))[0]
+        yield from logits.split(len(some[0]))
+
+
+def batched(items: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """The items in lists of `size`, the last one shorter."""
+    source = iter(items)
+    while some := list(islice(source, size)):
+        yield some
 
 
 def valid_tokens(inputs: Any, batch: int, length: int) -> Bool[Tensor, "batch length"] | None:

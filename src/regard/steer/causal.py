@@ -22,7 +22,7 @@ from regard.watch.effects import Metric, damage
 from regard.watch.heads import mask_heads
 from regard.watch.places import find_logits
 from regard.watch.probe import run
-from regard.watch.scan import scan, stack
+from regard.watch.scan import scan, score, stack
 from regard.watch.session import Session
 from regard.watch.site import Site
 from regard.watch.trace import trace
@@ -131,8 +131,8 @@ def path_patch(
     before = trace(model, clean, held, **how)
     other = trace(model, corrupt, list(sent.values()), **how)
     with torch.no_grad():
-        plain = {name: _score(model, x, metric, parts, valid) for name, x in (("clean", clean), ("corrupt", corrupt))}
-        batch = len(plain["clean"])
+        whole, harmed = (score(model, x, metric, anatomy=parts, valid=valid) for x in (clean, corrupt))
+        batch = len(whole)
         values = []
         for begin in range(0, len(chosen), chunk):
             some = chosen[begin : begin + chunk]
@@ -154,7 +154,7 @@ def path_patch(
             with Session(model, edits, parts=parts, inputs=clean, valid=rows):
                 logits = find_logits(run(model, inputs))[0]
             values += [metric(part) for part in logits.split(batch)]
-    effect = damage(torch.stack(values), plain["clean"], plain["corrupt"])
+    effect = damage(torch.stack(values), whole, harmed)
     return _table(parts, chosen, effect, "path_patch")
 
 
@@ -274,11 +274,6 @@ def _set(site: Site, value: Tensor, parts: Anatomy) -> Edit:
     if shared and not isinstance(site.head, int):
         raise ValueError(f"{site}: name one query head a Site where heads share keys and values")
     return Edit(site, "set", value=value, expand=shared)
-
-
-def _score(model: nn.Module, inputs: Any, metric: Metric, parts: Anatomy, valid: Tensor | None) -> Tensor:
-    with Session(model, parts=parts, inputs=inputs, valid=valid):
-        return metric(find_logits(run(model, inputs))[0])
 
 
 def _table(parts: Anatomy, heads: Sequence[Head], values: Float[Tensor, "heads batch"], name: str) -> xr.DataArray:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.steer.attribution import EMBED, valid_tokens
+from regard.steer.attribution import EMBED, embedded, valid_tokens
 from regard.watch.anatomy import Anatomy
-from regard.watch.edits import Edit
 from regard.watch.places import find_logits
 from regard.watch.probe import run
-from regard.watch.scan import stack
 from regard.watch.session import Session
 from regard.watch.trace import trace
 
@@ -73,23 +72,16 @@ def soft_faithfulness(
     draws = [torch.rand(x.shape, generator=generator).to(x) for _ in range(masks)]
     at = torch.as_tensor(pos, device=x.device).expand(batch)
 
-    def moved(values: list[Tensor]) -> Tensor:
+    def moved(values: Iterable[Tensor]) -> Tensor:
         """Mean Hellinger distance to the whole model's distribution over these embeddings."""
-        total = torch.zeros(batch, device=x.device)
-        for begin in range(0, len(values), chunk):
-            some = values[begin : begin + chunk]
-            edit = [(Edit(EMBED, "set", value=torch.cat(some)), None)]
-            with Session(model, edit, parts=anatomy, inputs=inputs):
-                logits = find_logits(run(model, stack(inputs, len(some), batch)))[0]
-            for part in logits.split(batch):
-                total += hellinger(plain, _distribution(part, at)).to(total)
-        return total / len(values)
+        runs = embedded(model, inputs, values, chunk, anatomy)
+        return torch.stack([hellinger(plain, _distribution(logits, at)) for logits in runs]).mean(0).to(x.device)
 
     with Session(model, parts=anatomy, inputs=inputs):
         plain = _distribution(find_logits(run(model, inputs))[0], at)
     kept = real[..., None]
-    suff = moved([torch.where(kept & (u >= a[..., None]), 0.0, x) for u in draws])
-    comp = moved([torch.where(kept & (u < a[..., None]), 0.0, x) for u in draws])
+    suff = moved(torch.where(kept & (u >= a[..., None]), 0.0, x) for u in draws)
+    comp = moved(torch.where(kept & (u < a[..., None]), 0.0, x) for u in draws)
     most = moved([torch.where(kept, 0.0, x)])  # 1 - S0
     most = torch.where(most > 0, most, torch.nan)
     return Faithfulness((most - suff).clamp_min(0) / most, comp / most)

@@ -113,8 +113,6 @@ def attention_x_grad(
 
     with Seam(model, _keep(kept)):
         found = trace(model, inputs, sites, grad=True, metric=metric, anatomy=parts)
-    if len({kept[name].q.shape[1] for name in names}) > 1:
-        raise ValueError("the layers have different numbers of heads, so their scores do not fit one tensor")
     layers = []
     for name, site in zip(names, sites, strict=True):
         call, gradient = kept[name], found[site][1]
@@ -128,7 +126,7 @@ def attention_x_grad(
             slope = torch.einsum("bhd,bhjd->bhj", gradient[:, :, at].to(v), v)
             each.append((call.row(at) * slope).abs())
         layers.append(torch.stack(each, dim=2))
-    return torch.stack(layers)
+    return _by_layer(layers)
 
 
 def head_importance(
@@ -143,6 +141,11 @@ def head_importance(
     sites = [Site(name, "z") for name in parts.attn if name is not None]
     found = trace(model, inputs, sites, grad=True, metric=metric, anatomy=parts)
     layers = [(z * g).sum((-2, -1)).abs() for z, g in found.values()]
+    return _by_layer(layers)
+
+
+def _by_layer(layers: list[Tensor]) -> Tensor:
+    """Scores of each layer, [batch, heads, ...], in one tensor."""
     if len({x.shape[1] for x in layers}) > 1:
         raise ValueError("the layers have different numbers of heads, so their scores do not fit one tensor")
     return torch.stack(layers)

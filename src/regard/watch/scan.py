@@ -99,7 +99,7 @@ def scan(
     ready = [[Edit(e, "set", value=values[e]) if isinstance(e, Site) else e for e in group] for group in groups]
     results: dict[int, Tensor] = {}
     with torch.no_grad():
-        plain = {name: _score(model, x, metric, anatomy, backend) for name, x in _named(clean, corrupt)}
+        plain = {name: score(model, x, metric, anatomy=anatomy, backend=backend) for name, x in _named(clean, corrupt)}
         batch = len(plain["clean"])
         parts = anatomy_for(model, base, anatomy) if resume and ready else None
         prefix = Prefix(model, base, parts, batch) if parts is not None and resumable(model, parts) else None
@@ -139,8 +139,21 @@ def _named(clean: Any, corrupt: Any) -> list[tuple[str, Any]]:
     return [("clean", clean)] + ([] if corrupt is None else [("corrupt", corrupt)])
 
 
-def _score(model: nn.Module, inputs: Any, metric: Callable, anatomy: Anatomy | None, backend: Backend) -> Tensor:
-    with Session(model, parts=anatomy, inputs=inputs, backend=backend):
+def score(
+    model: nn.Module,
+    inputs: Any,
+    metric: Callable[[Tensor], Tensor],
+    *,
+    anatomy: Anatomy | None = None,
+    valid: Bool[Tensor, "batch length"] | None = None,
+    backend: Backend = "fused",
+) -> Float[Tensor, "batch"]:
+    """The metric of a plain run.
+
+    Raises:
+        ValueError: the metric does not give one number a sample.
+    """
+    with Session(model, parts=anatomy, inputs=inputs, valid=valid, backend=backend):
         scores = metric(find_logits(run(model, inputs))[0])
     if not isinstance(scores, Tensor) or scores.ndim != 1:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
