@@ -231,3 +231,19 @@ def test_heads_with_patterns_of_their_own_share_plans(monkeypatch):
     q = torch.randn(2, 4, 50, 8, generator=torch.Generator().manual_seed(0))
     attend(q, q, q, per_head([Causal(), Window(3), Causal(), Full()]), backend="blocked")
     assert sorted(map(str, made)) == sorted(map(str, [Causal(), Window(3), Full()]))
+
+
+@pytest.mark.parametrize("pattern", [None, Causal(), Window(3)], ids=str)
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
+def test_inputs_whose_rows_do_not_lie_together_in_memory(pattern, which):
+    """The flash kernel takes any stride between rows, and reads a row on whatever its own stride says."""
+    g = torch.Generator().manual_seed(0)
+    tensors = list(torch.randn(4, 1, 2, 16, 8, generator=g, dtype=torch.float64))
+    found = []
+    for turned in ((), which):
+        *inputs, weight = (x.mT.contiguous().mT if n in turned else x for n, x in enumerate(tensors))
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out, lse = attend(*inputs, pattern, q_start=0, return_lse=True, backend="blocked")
+        found.append([out, lse, *torch.autograd.grad(out, inputs, weight)])
+    for mine, its in zip(*found, strict=True):
+        assert torch.equal(mine, its)

@@ -117,3 +117,13 @@ def test_errors_name_the_argument(call, message):
     g = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match=message):
         call(torch.randn(1, 4, 5, 8, generator=g), torch.randn(1, 2, 6, 8, generator=g))
+
+
+def test_inputs_whose_rows_do_not_lie_together_in_memory():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 16, 8, generator=g)
+    features = torch.randn(16, 3, generator=g)
+    turned = [x.mT.contiguous().mT for x in (q, k)]
+    for mine, its in zip(stats.row_expectation(*turned, features), stats.row_expectation(q, k, features), strict=True):
+        assert torch.equal(mine, its)
+    torch.testing.assert_close(stats.row_entropy(*turned), stats.row_entropy(q, k))

@@ -16,6 +16,7 @@ from torch import Tensor
 from regard.kernels.blocked_plan import Batch
 from regard.kernels.blocked_strips import Call, Strip, flat, strips
 from regard.kernels.blocked_tiles import add_other, additive, allowed, put_anchor, take
+from regard.kernels.fused import row_major
 from regard.patterns.static import Causal, Full
 
 __all__ = ["backward", "forward", "whole"]
@@ -91,7 +92,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """``(out, lse)`` of float tensors whose heads are all equally wide."""
     causal = whole(call)
     if causal is not None:
-        inputs = (q, k, v) if q.shape[1] == k.shape[1] else _grouped(q, k, v)
+        inputs = [row_major(x) for x in (q, k, v)] if q.shape[1] == k.shape[1] else _grouped(q, k, v)
         o, s = _flash(*inputs, 0.0, causal, scale=call.scale)
         return o.reshape(q.shape), s.reshape(q.shape[:3])
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=_carry(q))
@@ -170,7 +171,7 @@ def backward(
     causal = whole(call)
     if causal is not None:
         args = [d_out, q, k, v, out, lse]
-        args = args if q.shape[1] == k.shape[1] else _grouped(*args)
+        args = [row_major(x) for x in args] if q.shape[1] == k.shape[1] else _grouped(*args)
         dq, dk, dv = _flash_backward(*args, 0.0, causal, scale=call.scale)
         if q.shape[1] != k.shape[1]:
             dq, dk, dv = dq.reshape(q.shape), dk.sum(1).view(k.shape), dv.sum(1).view(v.shape)

@@ -51,10 +51,16 @@ def _blocks(scope: Scope, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Te
             yield slice(i0, i1), slice(span.lo, span.hi), mask.view(scope.batch, scope.heads, i1 - i0, -1)
 
 
+def row_major(x: Tensor) -> Tensor:
+    """With neighbours in memory along the last axis: the flash kernel reads on from there whatever the stride is."""
+    return x if x.ndim < 4 or x.stride(-1) == 1 else x.contiguous()
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> tuple[Tensor, Tensor]:
     """(sum_j P_ij v_j, lse_i) by PyTorch's CPU flash kernel; v is as wide as the head. Rows without a key: 0, -inf."""
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
+    q, k, v = (row_major(x) for x in (q, k, v))
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:3], -torch.inf)
     for rows, keys, mask in _blocks(scope, q.dtype):
