@@ -1,10 +1,11 @@
-"""Training objectives: likelihood and masked diffusion, over any model that maps token ids to logits."""
+"""Training objectives: likelihood and masked diffusion over token ids, distillation of weights, budgets to keep."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from regard.patterns import Pattern
 
-__all__ = ["Corrupted", "corrupt_blockwise", "corrupt_uniform", "likelihood", "masked_diffusion"]
+__all__ = [
+    "BudgetMultiplier",
+    "Corrupted",
+    "corrupt_blockwise",
+    "corrupt_uniform",
+    "likelihood",
+    "masked_diffusion",
+    "weights_mse",
+]
 
 LEAST = 1e-3  # of the noise level t
 
@@ -134,6 +143,91 @@ def masked_diffusion(
         return (each * batch.weight[batch.masked]).sum() / (rows * length)
 
     return loss
+
+
+def weights_mse(
+    predicted: Float[Tensor, "batch heads q_len kv_len"],
+    weights: Float[Tensor, "batch heads q_len kv_len"],
+    factor: float | int = 0.01,
+) -> Float[Tensor, ""]:
+    """``factor * sum (A - P)^2``, over heads, queries and keys, mean over the batch: a router taught by dense weights.
+
+    ``P`` are the weights of a frozen teacher and get no gradient. Sparsifiner, arXiv 2303.13755 (which sums over the
+    batch too; the mean makes the rate independent of it).
+
+    Raises:
+        ValueError: other shapes than each other's.
+    """
+    if predicted.shape != weights.shape:
+        raise ValueError(
+            f"weights must have the shape of predicted, {list(predicted.shape)}, got {list(weights.shape)}"
+        )
+    return factor * (predicted - weights.detach()).square().sum() / max(len(predicted), 1)
+
+
+class BudgetMultiplier(nn.Module):
+    """A budget kept by two multipliers a task that grow for as long as it is missed (arXiv 2604.07394).
+
+    ``sum over tasks of the mean over its samples of (l1 |s - t| + l2 (s - t)^2)``, s what a sample spends (a share of
+    sparse layers, of experts, of tokens), t the task's target. One minimises the loss and **ascends** l1 and l2: their
+    gradient is reversed here, so that the optimizer that steps the model does both. They start from U(0, ``start``)
+    and only grow, as the gradient of the loss by them is never negative; what is on target pays nothing.
+
+    Args:
+        targets: t of each task.
+        generator: draws the start.
+        start: the most that l1 and l2 begin with.
+
+    Raises:
+        ValueError: no target, one that is not in [0, 1], or a start below 0.
+    """
+
+    targets: Tensor
+
+    def __init__(
+        self, targets: Sequence[float | int], generator: torch.Generator | None = None, start: float | int = 0.5
+    ) -> None:
+        super().__init__()
+        if not targets or not all(0 <= t <= 1 for t in targets):
+            raise ValueError(f"targets must be shares in [0, 1], at least one, got {list(targets)}")
+        if start < 0:
+            raise ValueError(f"start must be at least 0, got {start}")
+        self.register_buffer("targets", torch.tensor([float(t) for t in targets]))
+        self.linear = nn.Parameter(start * torch.rand(len(targets), generator=generator))
+        self.square = nn.Parameter(start * torch.rand(len(targets), generator=generator))
+
+    def forward(self, share: Float[Tensor, "batch"], task: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
+        """The penalty of a batch.
+
+        Args:
+            share: s of each sample.
+            task: which task it is of, in 0..len(targets) - 1.
+
+        Raises:
+            ValueError: shapes that differ, or an unknown task.
+        """
+        if share.ndim != 1 or share.shape != task.shape:
+            raise ValueError(f"share and task must be [batch], got {list(share.shape)} and {list(task.shape)}")
+        tasks = len(self.targets)
+        if len(task) and not 0 <= int(task.min()) <= int(task.max()) < tasks:
+            raise ValueError(f"task must be in 0..{tasks - 1}, got {int(task.min())}..{int(task.max())}")
+        off = share - self.targets[task]
+        l1, l2 = _Reversed.apply(self.linear)[task], _Reversed.apply(self.square)[task]
+        each = l1 * off.abs() + l2 * off.square()
+        samples = torch.bincount(task, minlength=tasks).clamp(min=1)
+        return (each / samples[task]).sum()
+
+
+class _Reversed(torch.autograd.Function):
+    """The identity, whose gradient is turned around: a descent on what comes out is an ascent on what went in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return -grads[0]
 
 
 def _rand(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:

@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from regard.train.auxiliary import clear_aux, collect_aux
+
 History = list[dict[str, float]]
 
 
@@ -83,6 +85,9 @@ def token_loss(model: nn.Module, batch: WeightedIds) -> Tensor:
 
 class Trainer:
     """Steps a model over ``batches(step)``.
+
+    What layers leave in ``aux`` (see `regard.train.auxiliary`) is added to the loss; the history has its sum by name,
+    ``aux/NAME``, beside the loss without it.
 
     The batch of a step is a function of the step alone, and a checkpoint holds weights, optimizer states and the
     history: a run that was interrupted ends with the bits of one that was not (same machine, same threads).
@@ -159,11 +164,16 @@ class Trainer:
         self.model.train()
         batch = self.batches(self.step)
         device = next(self.model.parameters()).device.type
+        clear_aux(self.model)
         with torch.autocast(device, torch.bfloat16, enabled=self.recipe.autocast):
             loss = self.loss(self.model, batch)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss of step {self.step} is {loss.item()}")
-        loss.backward()
+        extra = collect_aux(self.model)
+        total = sum(extra.values(), start=loss)
+        if not math.isfinite(total.item()):
+            told = "".join(f", aux {name} {value.item()}" for name, value in extra.items())
+            raise FloatingPointError(f"the loss of step {self.step} is {loss.item()}{told}")
+        total.backward()
+        clear_aux(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         rate = self.recipe.rate(self.step)
         for optimizer in self.optimizers.values():
@@ -171,7 +181,8 @@ class Trainer:
                 group["lr"] = rate * self.recipe.lr
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
-        return {"step": self.step + 1, "loss": loss.item(), "grad_norm": norm.item(), "rate": rate}
+        entry = {"step": self.step + 1, "loss": loss.item(), "grad_norm": norm.item(), "rate": rate}
+        return entry | {f"aux/{name}": value.item() for name, value in extra.items()}
 
     def _folder(self) -> Path:
         if self.out is None:
