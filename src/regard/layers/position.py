@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from regard.kernels.rotary import inverse_frequencies, rotate
+
 __all__ = ["Position", "Rope"]
 
 
@@ -52,10 +54,7 @@ class Rope(Position):
 
     def __init__(self, head_dim: int, theta: float | int = 10_000.0) -> None:
         super().__init__()
-        if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim must be even and at least 2 for pairs to rotate, got {head_dim}")
-        if not theta > 0:
-            raise ValueError(f"theta must be above 0, got {theta}")
+        inverse_frequencies(head_dim, theta, device="meta")  # what does not fit is refused here
         self.head_dim, self.theta = head_dim, float(theta)
 
     def rotate(
@@ -75,13 +74,14 @@ class Rope(Position):
                 raise ValueError(f"{name} has head_dim {x.shape[-1]}, this Rope was made for {self.head_dim}")
         return self._turn(q, pos_q), self._turn(k, pos_k)
 
+    @property
+    def inv_freq(self) -> Float[Tensor, "pairs"]:
+        """Radians a position of every pair, float32; `regard.kernels.rotary.rotate` turns by them."""
+        return inverse_frequencies(self.head_dim, self.theta)
+
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        pair = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype)
-        angle = positions.to(dtype)[:, None] / self.theta ** (pair / self.head_dim)
-        cos, sin = angle.cos(), angle.sin()
-        first, second = x.to(dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        return rotate(x, positions, inverse_frequencies(self.head_dim, self.theta, dtype=dtype, device=x.device))
 
     def extra_repr(self) -> str:
         """Head dimension and base."""

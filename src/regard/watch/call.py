@@ -16,6 +16,7 @@ from regard.watch.layout import Layout
 from regard.watch.padding import key_mask, row_mask, survey
 from regard.watch.positions import Positions, kind_of, locate
 from regard.watch.refuse import SeamError
+from regard.watch.rotary import Rotary, rotary_of
 
 
 class _Keep:
@@ -110,6 +111,15 @@ class Call:
     def positions_known(self) -> bool:
         """False when nothing says where the keys stand (evicted, pooled): position statistics must then refuse."""
         return self.positions.known
+
+    @cached_property
+    def rotary(self) -> Rotary | None:
+        """How the layer rotated queries and keys by their positions, to undo it; None where it did not.
+
+        Raises:
+            SeamError: it did, and how cannot be told.
+        """
+        return rotary_of(self)
 
     @cached_property
     def valid(self) -> Bool[Tensor, "batch q_len"]:
