@@ -126,4 +126,4 @@ def explain(
 
 def _allowed(r: Request) -> int:
     told_apart = (r.pattern.heads or 1) * (r.pattern.samples or 1)
-    return r.pattern.flops(r.q_len, r.kv_len, 1, 0, r.q_start) // 2 * (r.batch * r.heads // told_apart)
+    return r.pattern.pairs(r.q_len, r.kv_len, r.q_start) * (r.batch * r.heads // told_apart)

@@ -167,8 +167,14 @@ class Pattern(ABC):
         Where heads or samples differ, over all of them.
         """
         parts = (self.heads or 1) * (self.samples or 1)
-        pairs = q_len * kv_len * parts
-        return self.flops(q_len, kv_len, 1, 0, q_start) / (2 * pairs) if pairs else 0.0
+        every = q_len * kv_len * parts
+        return self.pairs(q_len, kv_len, q_start) / every if every else 0.0
+
+    def pairs(self, q_len: int, kv_len: int, q_start: int | None = None) -> int:
+        """How many pairs are allowed, over the heads and samples told apart (one of each where all are alike)."""
+        heads, samples = range(self.heads or 1), range(self.samples or 1)
+        parts = Counter(self.of(head, sample) for sample in samples for head in heads)
+        return sum(n * int(part.row_counts(q_len, kv_len, q_start).sum()) for part, n in parts.items())
 
     def flops(
         self, q_len: int, kv_len: int, head_dim: int, v_dim: int | None = None, q_start: int | None = None
@@ -177,10 +183,7 @@ class Pattern(ABC):
 
         Summed over the heads and samples that the pattern tells apart (one of each where all are alike).
         """
-        heads, samples = range(self.heads or 1), range(self.samples or 1)
-        parts = Counter(self.of(head, sample) for sample in samples for head in heads)
-        pairs = sum(n * int(part.row_counts(q_len, kv_len, q_start).sum()) for part, n in parts.items())
-        return 2 * (head_dim + (head_dim if v_dim is None else v_dim)) * pairs
+        return 2 * (head_dim + (head_dim if v_dim is None else v_dim)) * self.pairs(q_len, kv_len, q_start)
 
     def show(
         self,

@@ -30,6 +30,7 @@ __all__ = [
     "expand",
     "from_rows",
     "settle",
+    "settle_cells",
     "transposed",
 ]
 
@@ -193,7 +194,15 @@ def settle(states: States, pattern: Pattern, frame: Frame, first: int) -> States
     if not chosen.any():
         return states
     cells, lengths = _cells(states, chosen)
-    bits = np.repeat(states.bits[chosen], lengths)
+    bits = settle_cells(cells + first * states.cols, np.repeat(states.bits[chosen], lengths), pattern, frame)
+    at = np.concatenate([states.at[~chosen], cells])
+    order = np.argsort(at, kind="stable")
+    return _pack(at[order], np.concatenate([states.bits[~chosen], bits])[order], states.rows, states.cols)
+
+
+def settle_cells(cells: np.ndarray, bits: np.ndarray, pattern: Pattern, frame: Frame) -> np.ndarray:
+    """What open blocks are, given as ``row * cols + column`` of the whole frame."""
+    bits = bits.copy()
     q_ends, k_ends = np.array([0, frame.bq - 1]), np.array([0, frame.bk - 1])
     every_q, every_k = np.arange(frame.bq), np.arange(frame.bk)
     for q_off, k_off in ((q_ends, k_ends), (q_ends, every_k), (every_q, every_k)):
@@ -201,14 +210,12 @@ def settle(states: States, pattern: Pattern, frame: Frame, first: int) -> States
         step = max(1, PAIRS // (len(q_off) * len(k_off)))
         for n in range(0, len(left), step):
             part = left[n : n + step]
-            i, j = np.divmod(cells[part], states.cols)
-            some, every = _probe(pattern, frame, i + first, j, q_off, k_off)
+            i, j = np.divmod(cells[part], frame.n_kv)
+            some, every = _probe(pattern, frame, i, j, q_off, k_off)
             bits[part] &= np.where(some, 7 - ABSENT, 7).astype(np.uint8) & np.where(every, 7, 7 - FULL).astype(np.uint8)
             if q_off is every_q:
                 bits[part] = np.where(every, FULL, np.where(some, PARTIAL, ABSENT))
-    at = np.concatenate([states.at[~chosen], cells])
-    order = np.argsort(at, kind="stable")
-    return _pack(at[order], np.concatenate([states.bits[~chosen], bits])[order], states.rows, states.cols)
+    return bits
 
 
 def _probe(
