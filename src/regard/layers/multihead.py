@@ -151,7 +151,30 @@ class MultiHead(nn.Module):
             n = _seen(pattern, q.shape[2], k.shape[2], start).to(x.device)
         if self.temper is not None:
             q = self.temper(q, n)
-        given = attend(
+        given = self._attend(q, k, v, pattern, start, bias, x, pos_q)
+        z: Any = given if self.weigh is None else self.weigh(*given, q, v, n, x)
+        z = self._gated("z", x, z)
+        if self.mixer is not None:
+            z = self.mixer(z, x)
+        y = self.o_proj(z.transpose(1, 2).flatten(2))
+        return self._gated("out", x, y)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern | None,
+        start: int,
+        bias: Tensor | None,
+        x: Tensor,
+        pos_q: Tensor,
+    ) -> Any:
+        """Stage 5, ``out`` or, with `weigh`, ``(out, lse)``: replaced by layers that are not one softmax.
+
+        x is what the queries came from and pos_q their positions.
+        """
+        return attend(
             q,
             k,
             v,
@@ -163,12 +186,6 @@ class MultiHead(nn.Module):
             return_lse=self.weigh is not None,
             backend=self.backend,
         )
-        z: Any = given if self.weigh is None else self.weigh(*given, q, v, n, x)
-        z = self._gated("z", x, z)
-        if self.mixer is not None:
-            z = self.mixer(z, x)
-        y = self.o_proj(z.transpose(1, 2).flatten(2))
-        return self._gated("out", x, y)
 
     def new_state(self) -> KeyValueState:
         """An empty state for stepping.
