@@ -51,6 +51,14 @@ class Size(StrEnum):
     full = "full"
 
 
+class TrainSize(StrEnum):
+    """How much to train."""
+
+    smoke = "smoke"
+    full = "full"
+    long = "long"
+
+
 class Status(StrEnum):
     """Status of a paper."""
 
@@ -392,9 +400,15 @@ def train(
         str, typer.Argument(help="decoder, lists, maps, numbers, roles, lexicon or arith.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
-    size: Annotated[Size, typer.Option(help="smoke: tiny, in seconds; full: the one that is shipped.")] = Size.full,
+    size: Annotated[
+        TrainSize,
+        typer.Option(
+            help="smoke: tiny, in seconds; full: the whole; long: of the decoder, on from full to 8,192 tokens."
+        ),
+    ] = TrainSize.full,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the recipe's.")] = None,
+    start: Annotated[str | None, typer.Option(help="Folder of the weights that size long goes on from.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a testbed from scratch; interrupted, the same command goes on from its checkpoint."""
@@ -403,7 +417,7 @@ def train(
     if name not in testbeds.TESTBEDS:
         raise typer.BadParameter(f"no testbed {name!r}; there is {', '.join(testbeds.TESTBEDS)}", param_hint="NAME")
     _quiet()
-    record = testbeds.train(name, out, size=size.value, seed=seed, steps=steps, console=say)
+    record = testbeds.train(name, out, size=size.value, seed=seed, steps=steps, start=start, console=say)
     if as_json:
         _print_json(record)
         return

@@ -152,14 +152,14 @@ class Mixture:
         repeated = repeated_at(length).batch(repeats, generator)
         ids = torch.cat([texts, hidden.input_ids, repeated.input_ids])
         weights = (
-            _mean(torch.ones_like(texts) > 0),
-            _mean(hidden.labels >= 0) + phase.around * _mean(hidden.labels < 0),
-            0.5 * _mean(repeated.labels >= 0) + phase.first * _mean(repeated.labels < 0),
+            asked_mean(torch.ones_like(texts) > 0),
+            asked_mean(hidden.labels >= 0) + phase.around * asked_mean(hidden.labels < 0),
+            0.5 * asked_mean(repeated.labels >= 0) + phase.first * asked_mean(repeated.labels < 0),
         )
         return Weighted(ids, torch.cat(weights))
 
 
-def _mean(asked: Bool[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
+def asked_mean(asked: Bool[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
     """Weights that make a sum over tokens the mean over the asked ones."""
     return asked / asked.sum().clamp(min=1)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from regard.tasks.bytetext import StandardLibrary
+from regard.tasks.bytetext import BOS, StandardLibrary
 from regard.tasks.decoder import exact_match, repeated_at
 from regard.tasks.needle import Needle
 
@@ -25,12 +26,15 @@ GATES = {
     "copy_paste": 0.1,
 }
 
+#: What must be reached besides by a testbed that was trained at long lengths.
+LONG = {"needle_2048": 0.9, "needle_4096": 0.9, "needle_8192": 0.9, "bits_saved_8192": 0.0}
+
 #: Seed of the sequences that gates are measured on; training draws other ones.
 SEED = 20_000_003
 
 
 @torch.no_grad()
-def gates(model: Any, *, n: int = 128, rows: int = 16, seed: int = SEED) -> dict[str, Any]:
+def gates(model: Any, *, n: int = 128, rows: int = 16, long: bool = False, seed: int = SEED) -> dict[str, Any]:
     """Measures every gate of a byte-level causal model.
 
     ``needle_L``: share of n held-out needles (length L, 1-4 distractors) with all digits right, teacher-forced.
@@ -40,10 +44,14 @@ def gates(model: Any, *, n: int = 128, rows: int = 16, seed: int = SEED) -> dict
     ``copy_paste``: share of answer tokens p for which the largest weight of row p - 1 lies in the needle on the very
     token that comes (Wu et al. 2024), mean over needles, the best head's.
 
+    With ``long`` also needles of 2,048, 4,096 and 8,192 tokens and ``bits_saved_8192``: by how many bits a byte of
+    held-out text is better predicted in windows of 8,192 tokens than in the same text cut into windows of 1,024.
+
     Args:
         model: a causal transformers model over bytes and BOS that can run with eager attention.
-        n: needles for each length.
-        rows: sequences of 256 tokens for the figures of heads.
+        n: needles for each length; of the long ones a quarter.
+        rows: sequences of 256 tokens for the figures of heads; half as many of 8,192 tokens.
+        long: whether the long lengths count.
 
     Returns:
         ``values``, ``heads`` (layer and head of each best head), ``thresholds``, ``per_head`` (every head's figure)
@@ -53,12 +61,18 @@ def gates(model: Any, *, n: int = 128, rows: int = 16, seed: int = SEED) -> dict
     values = {
         f"needle_{length}": exact_match(model, Needle(length, split="test"), n, generator) for length in (256, 512)
     }
+    if long:
+        for length in (2048, 4096, 8192):
+            task = Needle(length, split="test")
+            values[f"needle_{length}"] = exact_match(model, task, max(1, n // 4), generator, chunk=4)
+        values["bits_saved_8192"] = _bits_saved(model, max(1, rows // 2), generator)
     with dense(model):
         per_head = {
             **_text_heads(model, StandardLibrary("test").cut(rows, 256, generator)),
             **_induction_heads(model, repeated_at(256).batch(rows, generator).input_ids),
             "copy_paste": _copying_heads(model, rows, generator),
         }
+    thresholds = GATES | (LONG if long else {})
     chance = per_head.pop("chance").item()
     heads = {}
     for name, figures in per_head.items():
@@ -67,11 +81,33 @@ def gates(model: Any, *, n: int = 128, rows: int = 16, seed: int = SEED) -> dict
     values["induction_over_chance"] = values["induction"] / chance
     return {
         "values": {k: round(v, 4) for k, v in values.items()},
-        "thresholds": GATES,
+        "thresholds": thresholds,
         "heads": heads,
         "per_head": {k: [[round(x, 4) for x in row] for row in v.tolist()] for k, v in per_head.items()},
-        "ready": all(values[name] >= least for name, least in GATES.items()),
+        "ready": all(values[name] >= least for name, least in thresholds.items()),
     }
+
+
+def _bits_saved(model: Any, rows: int, generator: torch.Generator) -> float:
+    """Bits a byte in windows of 1,024 tokens less bits in windows of 8,192, over the bytes that both predict."""
+    text = StandardLibrary("test").cut(rows, 8192, generator)
+    pieces = torch.cat([torch.full((8 * rows, 1), BOS), text.view(8 * rows, 1024)], dim=1)
+    whole, cut = (_bits(model, ids) for ids in (text, pieces))
+    return (cut.view(rows, 8192)[:, 1:] - whole).mean().item()
+
+
+def _bits(model: Any, ids: Int[Tensor, "n length"]) -> Float[Tensor, "n length-1"]:
+    """-log2 p of every token but the first."""
+    return torch.cat(
+        [
+            nn.functional.cross_entropy(
+                model(input_ids=row, use_cache=False).logits[:, :-1].float().transpose(1, 2),
+                row[:, 1:],
+                reduction="none",
+            )
+            for row in ids.split(1)
+        ]
+    ) / math.log(2)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from regard.train.trainer import Recipe
+from regard.train.trainer import Recipe, token_loss
 
 DATA = Path(str(resources.files("regard") / "data"))
 PREFIX = "testbed:"
 #: Testbeds and their folders inside the package.
-TESTBEDS = {name: DATA / name for name in ("decoder", "lists", "maps", "numbers", "roles", "lexicon", "arith")}
+_NAMES = ("decoder", "lists", "maps", "numbers", "roles", "lexicon", "arith", "vit", "video")
+TESTBEDS = {name: DATA / name for name in _NAMES}
 #: Folder of the shipped decoder.
 DECODER = TESTBEDS["decoder"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
@@ -55,7 +58,12 @@ def load(name: str | Path, *, dtype: torch.dtype | str | None = None, device: st
     """
     from transformers import AutoConfig
 
+    from regard.models.saved import is_saved, load_saved
+
     source, local = _find(str(name))
+    if local and is_saved(source):
+        own = load_saved(source, dtype=_dtype(dtype))
+        return Loaded(own.to(device), None, str(name))
     how = {"local_files_only": local or _offline()}
     config = _reached(name, lambda: AutoConfig.from_pretrained(source, **how))
     cls = _model_class(config, str(name))
@@ -75,6 +83,13 @@ def load(name: str | Path, *, dtype: torch.dtype | str | None = None, device: st
         raise
     tokenizer = _tokenizer(source, config, str(name), how)
     return Loaded(model.to(device).eval(), tokenizer, str(name))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by itself or by its name; None keeps that of the checkpoint."""
+    if not isinstance(dtype, str):
+        return dtype
+    return None if dtype == "auto" else getattr(torch, dtype)
 
 
 def _offline() -> bool:
@@ -166,6 +181,7 @@ class Run:
     tokenizer: Any
     told: dict[str, Any]
     """What training.json holds of it: `size`, and anything else."""
+    loss: Callable[[Any, Any], Tensor] = token_loss
 
 
 def _decoder(size: str, seed: int, steps: int | None) -> Run:
@@ -189,6 +205,40 @@ def _decoder(size: str, seed: int, steps: int | None) -> Run:
     )
 
 
+def _stretched(start: str | Path | None, seed: int, steps: int | None) -> Run:
+    """The second training of the decoder: from the weights of the first, at lengths up to all its positions."""
+    from regard.tasks import decoder, stretch
+    from regard.tasks.bytetext import byte_tokenizer
+    from regard.tasks.gates import gates
+
+    if start is None:
+        raise ValueError("size 'long' goes on from trained weights: start must name what size 'full' wrote")
+    folder, _ = _find(str(start))
+    loaded = load(start)
+    if tuple(loaded.model.config.architectures or ()) != ("LlamaForCausalLM",) or loaded.model.config.vocab_size != 259:
+        raise ValueError(f"start must be a decoder testbed, {str(start)!r} is a {type(loaded.model).__name__}")
+    how = stretch.STRETCH if steps is None else replace(stretch.STRETCH, recipe=stretch.shortened(steps))
+    mixture = stretch.StretchMixture(how, seed)
+    made = Path(folder, "training.json")
+    return Run(
+        model=loaded.model,
+        batches=mixture,
+        recipe=how.recipe,
+        evaluate=decoder.Evaluation(length=2048, n=8),
+        gates=lambda model: gates(model, long=True),
+        tokenizer=byte_tokenizer(loaded.model.config.max_position_embeddings),
+        told={
+            "size": asdict(how),
+            "text": mixture.text.describe(),
+            "start": {
+                "sha256": hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest(),
+                "training": json.loads(made.read_text()) if made.exists() else None,
+            },
+        },
+        loss=stretch.placed_loss,
+    )
+
+
 def _symbolic(name: str, size: str, seed: int, steps: int | None) -> Run:
     from regard.tasks.symbolic import SYMBOLIC
 
@@ -208,6 +258,53 @@ def _symbolic(name: str, size: str, seed: int, steps: int | None) -> Run:
     )
 
 
+def _vit(size: str, seed: int, steps: int | None) -> Run:
+    from regard.tasks import vision, vit
+
+    shape = vit.SIZES[size]
+    if steps is not None:
+        shape = replace(shape, recipe=vit.shortened(shape.recipe, steps))
+    test = vision.digits("test")
+    held_out = test if size == "full" else vision.Images(test.x[:64], test.labels[:64])
+    return Run(
+        model=vit.build(shape, seed),
+        batches=vit.batches(shape, seed),
+        recipe=shape.recipe,
+        evaluate=lambda model: {"accuracy": float(vit.right(model, held_out).double().mean())},
+        gates=lambda model: vit.gates(model, held_out),
+        tokenizer=None,
+        told={"size": asdict(shape), "images": "scikit-learn's digits; every fifth one is held out"},
+        loss=vit.picture_loss,
+    )
+
+
+def _video(size: str, seed: int, steps: int | None) -> Run:
+    from regard.tasks import video
+
+    def measure(model: Any) -> dict[str, Any]:
+        from regard.tasks.video_gates import gates
+
+        return gates(model, quick=size == "smoke")
+
+    shape = video.SIZES[size]
+    if steps is not None:
+        shape = replace(shape, recipe=replace(shape.recipe, steps=steps))
+    return Run(
+        model=video.build(shape, seed),
+        batches=video.VideoMixture(shape, seed),
+        recipe=shape.recipe,
+        evaluate=video.evaluation(shape),
+        gates=measure,
+        tokenizer=None,
+        told={"size": asdict(shape)},
+        loss=video.video_loss,
+    )
+
+
+#: Testbeds that are no `Symbolic`.
+_MADE: dict[str, Callable[[str, int, int | None], Run]] = {"decoder": _decoder, "vit": _vit, "video": _video}
+
+
 def train(
     name: str,
     out: str | Path,
@@ -215,6 +312,7 @@ def train(
     size: str = "full",
     seed: int = 0,
     steps: int | None = None,
+    start: str | Path | None = None,
     console: Any = None,
 ) -> dict[str, Any]:
     """Trains a testbed and writes it to a folder that ``load`` and transformers read.
@@ -225,9 +323,11 @@ def train(
         name: one of `TESTBEDS`.
         out: folder for config, weights, tokenizer and ``training.json`` (recipe, curve, gates, versions, machine;
             ``starts``: the steps at which the work was taken up).
-        size: "full", the shipped one, or "smoke", which is done in seconds and passes no gate.
+        size: "full", the shipped one, or "smoke", which is done in seconds and passes no gate; of the decoder also
+            "long", which goes on from the weights of "full" at up to 8,192 tokens.
         seed: of the weights and of every batch.
         steps: fewer (or more) steps than the recipe's; the run is the same up to its final decay.
+        start: what `load` takes: the weights that size "long" goes on from.
         console: a rich console for the progress bar; None makes one on stderr.
 
     Returns:
@@ -244,9 +344,15 @@ def train(
 
     if name not in TESTBEDS:
         raise ValueError(f"there is no testbed {name!r} to train; there is {', '.join(TESTBEDS)}")
-    if size not in ("full", "smoke"):
-        raise ValueError(f"size must be 'full' or 'smoke', got {size!r}")
-    ready = _decoder(size, seed, steps) if name == "decoder" else _symbolic(name, size, seed, steps)
+    sizes = ("full", "smoke", "long") if name == "decoder" else ("full", "smoke")
+    if size not in sizes:
+        raise ValueError(f"size of {name!r} must be one of {', '.join(sizes)}, got {size!r}")
+    if start is not None and size != "long":
+        raise ValueError(f"start goes with size 'long' of the decoder; {name!r} of size {size!r} begins from nothing")
+    if size == "long":
+        ready = _stretched(start, seed, steps)
+    else:
+        ready = _MADE[name](size, seed, steps) if name in _MADE else _symbolic(name, size, seed, steps)
     out = Path(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
@@ -260,6 +366,7 @@ def train(
             ready.batches,
             ready.recipe,
             out / "checkpoints",
+            loss=ready.loss,
             evaluate=ready.evaluate,
             evaluate_every=100,
             on_step=show,
@@ -268,10 +375,12 @@ def train(
         trainer.run()
     measured = ready.gates(ready.model)
     ready.model.save_pretrained(out, safe_serialization=True)
-    ready.tokenizer.save_pretrained(out)
+    if ready.tokenizer is not None:
+        ready.tokenizer.save_pretrained(out)
     record = {
         "testbed": name,
         "command": f"regard train {name} --out {out.name} --size {size} --seed {seed}"
+        + (f" --start {Path(start).name}" if start is not None else "")
         + (f" --steps {steps}" if steps is not None else ""),
         **ready.told,
         "seed": seed,
