@@ -133,6 +133,28 @@ def digits(split: Split) -> Images:
     return Images(images[chosen][:, None] / BLANK, classes[chosen])
 
 
+def normalised(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Pixels in [0, 1] as image models of transformers take them by default: ``(x - 0.5) / 0.5``."""
+    return (x - 0.5) / 0.5
+
+
+def jitter(images: Images, generator: torch.Generator, most: int = 1) -> Images:
+    """Each image moved by -most..most pixels down and right, on its own; what comes in is blank (0)."""
+    x = images.x
+    n, _, height, width = x.shape
+    padded = torch.nn.functional.pad(x, (most,) * 4)
+    place = torch.randint(2 * most + 1, (2, n, 1), generator=generator)
+    rows, columns = place[0] + torch.arange(height), place[1] + torch.arange(width)
+    moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return Images(moved.permute(0, 3, 1, 2).contiguous(), images.labels)
+
+
+def nearest_digit(x: Float[Tensor, "n 1 8 8"], known: Images | None = None) -> Int[Tensor, "n"]:
+    """The solver: the class of the training digit at the least Euclidean distance, from the pixels alone."""
+    known = digits("train") if known is None else known
+    return known.labels[torch.cdist(x.flatten(1), known.x.flatten(1)).argmin(1)]
+
+
 def quantised(levels: int, split: Split) -> Int[Tensor, "n 1 8 8"]:
     """The digits as whole levels 0..levels-1, ``floor(pixel * levels / 17)`` of their 17 grey values."""
     if not 2 <= levels <= BLANK + 1:
