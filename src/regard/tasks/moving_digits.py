@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regard.tasks.vision import Split, digits
 
-__all__ = ["NULL", "SIDE", "WORDS", "MovingDigits", "Scenes", "Videos", "prompt", "spell"]
+__all__ = ["NULL", "SHAPES", "SIDE", "WORDS", "MovingDigits", "Scenes", "Videos", "prompt", "spell"]
 
 #: Side of an object in pixels.
 SIDE = 8
