@@ -39,7 +39,7 @@ def test_every_class(cls, data):
 
 
 def test_the_catalogue_is_whole():
-    algebra = {rp.And, rp.Or, rp.Not, rp.PerHead, rp.PerSample, rp.Permuted, rp.Snap, rp.Transposed}
+    algebra = {rp.And, rp.Or, rp.Not, rp.PerHead, rp.PerSample, rp.Permuted, rp.Routed, rp.Snap, rp.Transposed}
     public = {x for x in vars(rp).values() if isinstance(x, type) and issubclass(x, Pattern)}
     assert public - algebra - {Pattern, rp.StaticPattern} == set(catalogue.LEAVES)
 

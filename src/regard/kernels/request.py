@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.normalize import Elementwise, Normalizer, Softmax
+from regard.patterns.decided import Routed
 from regard.patterns.pattern import Pattern
 from regard.patterns.static import Full
 
@@ -162,7 +163,7 @@ def make_request(
         ValueError: naming the argument, what came and what is accepted.
     """
     batch, heads, q_len, kv_len, head_dim = _check_tensors(q, k, v)
-    pattern = _check_pattern(pattern, batch, heads)
+    pattern = _check_pattern(pattern, batch, heads, k.shape[1])
     start = _check_start(q_start, q_len, kv_len)
     pattern.fits(q_len, kv_len, start)
     normalize = Softmax() if normalize is None else normalize
@@ -171,6 +172,12 @@ def make_request(
     if return_lse and not normalize.has_lse():
         raise ValueError(
             f"return_lse: {normalize} has no log of a row's sum (it needs l1=True and a phi that is never negative)"
+        )
+    if isinstance(pattern, Routed) and pattern.repeats == "mean" and (return_lse or sink is not None):
+        raise ValueError(
+            ("return_lse" if return_lse else "sink")
+            + ': groups with repeats="mean" average several softmaxes, which have no common log of a sum; use '
+            'repeats="merge" or "error"'
         )
     if softcap is not None and not (_finite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be a number > 0 (scores become softcap * tanh(s / softcap)), got {softcap!r}")
@@ -224,7 +231,7 @@ def _check_tensors(q: Any, k: Any, v: Any) -> tuple[int, int, int, int, int]:
     return batch, heads, q_len, k.shape[2], head_dim
 
 
-def _check_pattern(pattern: Any, batch: int, heads: int) -> Pattern:
+def _check_pattern(pattern: Any, batch: int, heads: int, kv_heads: int) -> Pattern:
     if pattern is None:
         return Full()
     if not isinstance(pattern, Pattern):
@@ -232,6 +239,8 @@ def _check_pattern(pattern: Any, batch: int, heads: int) -> Pattern:
             f"pattern must be a regard Pattern or None, got {type(pattern).__name__}; "
             "an additive mask goes to bias=, with -inf for pairs that may not meet"
         )
+    if isinstance(pattern, Routed) and pattern.q_heads is None and pattern.decisions == kv_heads:
+        pattern = pattern.over(heads)  # a decision for each kv head
     for name, given, here in (
         ("heads", getattr(pattern, "heads", None), heads),
         ("samples", getattr(pattern, "samples", None), batch),

@@ -12,6 +12,7 @@ from regard.patterns.hops import HopWindow
 from regard.patterns.layout import BlockLayout
 from regard.patterns.line import Line
 from regard.patterns.order import Order, TileOrder
+from regard.patterns.orders import AxisOrder, GridOrder, HilbertOrder
 from regard.patterns.pattern import Pattern
 from regard.patterns.permuted import Permuted
 from regard.patterns.power import BlockWindow, DilatedBlocks, LongNet, PowerOfTwo, StrideSlash
@@ -32,6 +33,7 @@ from regard.patterns.within import Within
 __all__ = [
     "And",
     "Arrow",
+    "AxisOrder",
     "BlockCausal",
     "BlockDiffusion",
     "BlockLayout",
@@ -46,6 +48,8 @@ __all__ = [
     "DilatedBlocks",
     "Full",
     "Grid",
+    "GridOrder",
+    "HilbertOrder",
     "HopWindow",
     "Line",
     "LongNet",

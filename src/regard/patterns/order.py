@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["Order", "TileOrder", "per_axis"]
+__all__ = ["Order", "TileOrder", "per_axis", "with_ends"]
 
 
 def per_axis(name: str, value: int | Sequence[int], n: int, least: int = 1) -> tuple[int, ...]:
@@ -90,21 +90,34 @@ class TileOrder(Order):
         shape: tokens along each axis; index = row-major.
         tile: tile side along each axis.
         groups: residues to sort each axis by; 1 keeps it as it is.
+        prefix, suffix: tokens before and after those of the grid (CLS, text), which stay first and last, each padded to
+            whole tiles: no tile holds tokens of both.
     """
 
     shape: tuple[int, ...]
     tile: tuple[int, ...]
     groups: tuple[int, ...]
+    prefix: int
+    suffix: int
 
-    def __init__(self, shape: Sequence[int], tile: int | Sequence[int], groups: int | Sequence[int] = 1) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        tile: int | Sequence[int],
+        groups: int | Sequence[int] = 1,
+        prefix: int = 0,
+        suffix: int = 0,
+    ) -> None:
         object.__setattr__(self, "shape", per_axis("shape", shape, len(shape)))
         object.__setattr__(self, "tile", per_axis("tile", tile, len(shape)))
         object.__setattr__(self, "groups", per_axis("groups", groups, len(shape)))
+        for name, value in (("prefix", prefix), ("suffix", suffix)):
+            object.__setattr__(self, name, per_axis(name, value, 1, least=0)[0])
 
     @property
     def n(self) -> int:
-        """Tokens of the grid."""
-        return prod(self.shape)
+        """Tokens of the grid, and those before and after it."""
+        return self.prefix + prod(self.shape) + self.suffix
 
     @cached_property
     def along(self) -> tuple[Tensor, ...]:
@@ -114,7 +127,8 @@ class TileOrder(Order):
     @property
     def n_padded(self) -> int:
         """How many positions there are, padding included."""
-        return prod(len(a) for a in self.along)
+        size = prod(self.tile)
+        return prod(len(a) for a in self.along) + sum(-(-end // size) * size for end in (self.prefix, self.suffix))
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -131,7 +145,14 @@ class TileOrder(Order):
             view[d], view[axes + d] = -1, t
             index = index * n + coordinate.view(view)
             valid = valid & (coordinate >= 0).view(view)
-        return torch.where(valid, index, -1).flatten()
+        return with_ends(torch.where(valid, index, -1).flatten(), self.prefix, self.suffix, prod(self.tile))
+
+
+def with_ends(grid: Tensor, prefix: int, suffix: int, block: int) -> Tensor:
+    """An order of a grid's tokens with others before and after it; each of the three padded to whole blocks."""
+    last = prefix + int((grid >= 0).sum())
+    parts = torch.arange(prefix), torch.where(grid < 0, -1, grid + prefix), torch.arange(last, last + suffix)
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % block), value=-1) for part in parts])
 
 
 def _axis(n: int, tile: int, groups: int) -> Tensor:

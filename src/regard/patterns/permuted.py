@@ -74,7 +74,8 @@ class Permuted(Wrapped):
         if not isinstance(self.part, Grid) or not isinstance(self.order, TileOrder):
             return False
         groups = tuple(getattr(axis, "groups", 1) for axis in self.part.axes)
-        return (self.order.shape, self.order.groups) == (self.part.shape, groups)
+        whole = self.order.n == prod(self.order.shape)
+        return whole and (self.order.shape, self.order.groups) == (self.part.shape, groups)
 
     def fits(self, q_len: int, kv_len: int, q_start: int) -> None:
         """Refuse queries or keys beyond the order, and an order that the part does not fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from regard.patterns import listed as ls
 if TYPE_CHECKING:
     from regard.patterns.decided import Routed
 
-__all__ = ["need_disjoint", "selected"]
+__all__ = ["each_group", "need_disjoint", "selected"]
 
 
 def selected(routed: Routed, q_idx: Tensor, kv_idx: Tensor, decision: Tensor | None, sample: Tensor | None) -> Tensor:
@@ -63,6 +64,35 @@ def _slots(order: Tensor | None, length: int, idx: Tensor, decision: Tensor, sam
     d = decision if order.shape[1] > 1 else torch.zeros_like(decision)
     b = sample if order.shape[0] > 1 else torch.zeros_like(sample)
     return [found[b, d, idx, n] for n in range(found.shape[-1])]
+
+
+def each_group(routed: Routed) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of groups: for the first group of every query, then the second, ...: the pairs of that group alone inside
+    ``within``, bool ``[samples, heads, q_len, kv_len]``, and which queries have one, ``[samples, heads, q_len]``.
+
+    Dense: for the reference backend, and for what is judged pair by pair.
+    """
+    r = routed
+    assert r.q_order is not None
+    assert r.kv_order is not None
+    heads, samples, device = r.heads or 1, r.samples or 1, r.device
+    head = torch.arange(heads, device=device)[:, None, None]
+    sample = torch.arange(samples, device=device)[:, None, None, None]
+    decision = head // max(heads // r.decisions, 1)
+    own = sample if r.batch > 1 else sample.new_zeros(1, 1, 1, 1)
+    q, k = torch.arange(r.q_len, device=device)[:, None], torch.arange(r.kv_len, device=device)
+    may = torch.ones((), dtype=torch.bool, device=device)
+    if r.within is not None:
+        may = r.within.allows(q + r.q_start, k, head, sample)
+    k_slots = _slots(r.kv_order, r.kv_len, k, decision, own)
+    for slot in _slots(r.q_order, r.q_len, q, decision, own):
+        there = slot >= 0
+        group = slot // r.block[0]
+        pairs = torch.zeros((), dtype=torch.bool, device=device)
+        for other in k_slots:
+            pairs = pairs | ((other >= 0) & (other // r.block[1] == group))
+        shape = (samples, heads, r.q_len, r.kv_len)
+        yield (pairs & there & may).expand(shape), there.expand(*shape[:3], 1)[..., 0]
 
 
 def need_disjoint(routed: Routed) -> None:
