@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from regard.kernels import blocked_flash, blocked_math
+from regard.kernels import blocked_flash, blocked_math, routed_math
 from regard.kernels.blocked_plan import FULL
+from regard.kernels.blocked_routed import in_slots, serves
 from regard.kernels.blocked_strips import Call, strips
 from regard.kernels.normalize import Softmax
 from regard.kernels.request import Request
+from regard.kernels.routed_tiles import Tiles
 
 __all__ = ["describe", "refuses", "run"]
 
@@ -36,8 +38,9 @@ def _fused(r: Request) -> bool:
     return plain and r.q.device.type == "cpu"
 
 
-def _call(r: Request) -> Call:
-    return Call(r.pattern, r.layout, r.q_start, r.scale, r.softcap, r.normalize)
+def _call(r: Request, tiles: Tiles | None = None) -> Call:
+    pattern = r.pattern.of() if (r.pattern.heads, r.pattern.samples) == (None, None) else r.pattern
+    return Call(pattern, r.layout, r.q_start, r.scale, r.softcap, r.normalize, tiles)
 
 
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
@@ -48,11 +51,18 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
         work = torch.float32 if r.q.dtype == torch.float16 else r.q.dtype
         width = max(r.head_dim, r.v_dim)
         q, k, v = (_wide(x.to(work), width) for x in (r.q, r.k, r.v))
-        out, lse = _Flash.apply(q, k, v, _call(r))
-        return out[..., : r.v_dim].to(r.q.dtype), lse if r.need_lse else None
-    work = r.work_dtype
-    out, lse = _Math.apply(r.q.to(work), r.k.to(work), r.v.to(work), r.bias, _call(r), r.normalize.has_lse())
-    return out.to(r.q.dtype), lse if r.need_lse else None
+    else:
+        q, k, v = (x.to(r.work_dtype) for x in (r.q, r.k, r.v))
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor | None]:
+        if _fused(r):
+            out, lse = _Flash.apply(q, k, v, _call(r, tiles))
+        else:
+            out, lse = _Math.apply(q, k, v, r.bias, _call(r, tiles), r.normalize.has_lse())
+        return out, lse
+
+    out, lse = in_slots(r.pattern, q, k, v, kernel) if serves(r.pattern) else kernel(q, k, v)
+    return out[..., : r.v_dim].to(r.q.dtype), lse if r.need_lse else None
 
 
 def _wide(x: Tensor, width: int) -> Tensor:
@@ -133,6 +143,8 @@ class _Math(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, has_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if call.tiles is not None:
+            return routed_math.forward(q, k, v, bias, call, call.tiles, has_lse)
         return blocked_math.forward(q, k, v, bias, call, has_lse)
 
     @staticmethod
@@ -171,7 +183,10 @@ class _Once(torch.autograd.Function):
             assert third is not None
             assert lse is not None
             return blocked_flash.backward(q, k, v, third, lse, d_out, d_lse, call)
-        *got, bias = blocked_math.backward(q, k, v, third, d_out, d_lse, call, d_bias)
+        if call.tiles is not None:
+            *got, bias = routed_math.backward(q, k, v, third, d_out, d_lse, call, call.tiles, d_bias)
+        else:
+            *got, bias = blocked_math.backward(q, k, v, third, d_out, d_lse, call, d_bias)
         return *got, None if bias is None or third is None else bias.to(third.dtype)
 
     @staticmethod

@@ -16,7 +16,7 @@ from regard.kernels.blocked_plan import Batch
 from regard.kernels.blocked_strips import Call, Strip, flat, strips
 from regard.kernels.blocked_tiles import add_other, allowed, anchor_tokens, other_tokens, put_anchor, take
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "tile"]
 
 ROOM = 1 << 25  # bytes of scores at once, on a CPU; 16 times as many elsewhere
 
@@ -29,7 +29,7 @@ def _chunks(batch: Batch, strip: Strip, q: Tensor) -> Iterator[slice]:
         yield slice(lo, min(lo + step, len(batch)))
 
 
-def _tile(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, allow: Tensor) -> tuple[Tensor, ...]:
+def tile(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, allow: Tensor) -> tuple[Tensor, ...]:
     """out ``[strips, tiles, size, v_dim]`` and, if there is one, lse, of whole rows."""
     scores = (q @ k.transpose(-1, -2)) * call.scale
     if call.softcap is not None:
@@ -101,7 +101,7 @@ def forward(
             shape = (qt.shape[0], strip.plan.anchor.length)
             made[id(strip)] = (strip, q.new_zeros(*shape, v_dim), q.new_full(shape, -torch.inf))
         _, o, s = made[id(strip)]
-        found = _tile(call, qt, kt, vt, None if pieces is None else pieces.piece(index), allow)
+        found = tile(call, qt, kt, vt, None if pieces is None else pieces.piece(index), allow)
         put_anchor(o, batch, strip.plan.anchor, tiles, found[0])
         if has_lse:
             put_anchor(s, batch, strip.plan.anchor, tiles, found[1])
@@ -141,7 +141,7 @@ def backward(
             inputs.append(piece.detach().requires_grad_())
             piece = inputs[3]
         with torch.enable_grad():
-            found = _tile(call, inputs[0], inputs[1], inputs[2], piece, allow)
+            found = tile(call, inputs[0], inputs[1], inputs[2], piece, allow)
         grads = [dt]
         if sf is not None:
             grads.append(take(sf[strip.q], batch, plan.anchor, tiles, True)[..., 0])

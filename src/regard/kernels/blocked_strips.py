@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.blocked_choice import Plan, make_plan
+from regard.kernels.routed_tiles import Tiles
 from regard.patterns.layout import BlockLayout
 from regard.patterns.pattern import Pattern
 
@@ -35,6 +36,7 @@ class Call:
     scale: float
     softcap: float | None
     normalize: object
+    tiles: Tiles | None = None  # of a route: neither layout nor plan
 
 
 def flat(x: Tensor) -> Tensor:

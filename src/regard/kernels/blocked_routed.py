@@ -1,0 +1,79 @@
+"""Routed patterns on the blocked backend: rows of queries with the keys that they were given, no layout of all heads.
+
+Where a route has orders, tokens are put into slots before and out of them after; in between slots are all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import lcm
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from regard.kernels.routed_tiles import Tiles, make_tiles
+from regard.patterns import listed
+from regard.patterns.decided import Routed
+
+__all__ = ["in_slots", "serves"]
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tiles], tuple[Tensor, Tensor | None]]
+
+
+def serves(pattern: object) -> TypeGuard[Routed]:
+    """Whether it lists keys; one that chooses among static patterns goes the way of those."""
+    return isinstance(pattern, Routed) and pattern.index is not None
+
+
+def in_slots(routed: Routed, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse or None)`` of the tokens, `kernel` having them in slots."""
+    batch, heads = q.shape[:2]
+    if not routed.ordered:
+        return kernel(q, k, v, make_tiles(routed, batch, heads, k.shape[1]))
+    kv_heads = k.shape[1] if routed.kv_order is None else lcm(k.shape[1], routed.kv_order.shape[1])
+    kv_heads = heads if heads % kv_heads else kv_heads
+    tiles = make_tiles(routed, batch, heads, kv_heads)
+    if routed.kv_order is not None:
+        k, v = (_into(x, routed.kv_order, kv_heads) for x in (k, v))
+    if routed.q_order is not None:
+        q = _into(q, routed.q_order, heads)
+    out, lse = kernel(q, k, v, tiles)
+    return (out, lse) if routed.q_order is None else _out_of(out, lse, routed)
+
+
+def _rows(order: Tensor, batch: int, heads: int, length: int) -> Tensor:
+    """Rows of the flat ``[batch * heads * length]`` of an order ``[batch|1, decisions|1, slots, ...]``, 0 for -1."""
+    order = order.repeat_interleave(heads // order.shape[1], 1).expand(batch, *(-1,) * (order.ndim - 1))
+    first = torch.arange(batch * heads, device=order.device) * length
+    return first.view(batch, heads, *(1,) * (order.ndim - 2)) + order.clamp(min=0)
+
+
+def _into(x: Tensor, order: Tensor, heads: int) -> Tensor:
+    """``[batch, heads, slots, width]`` of ``[batch, fewer heads, length, width]``; padding repeats token 0."""
+    batch, own, length, width = x.shape
+    rows = _rows(order.to(x.device), batch, heads, 0)
+    head = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) // (heads // own) * length
+    return x.reshape(-1, width).index_select(0, (head + rows).flatten()).view(batch, heads, -1, width)
+
+
+def _out_of(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tensor, Tensor | None]:
+    """The tokens' outputs from their slots'; several slots of a token are merged or averaged as `repeats` says."""
+    assert routed.q_order is not None
+    batch, heads, slots, width = out.shape
+    at = listed.places(routed.q_order.to(out.device), routed.q_len)  # [b, r, q_len, most]
+    rows = _rows(at, batch, heads, slots)
+    there = (at >= 0).repeat_interleave(heads // at.shape[1], 1).expand(batch, -1, -1, -1)
+    found = out.reshape(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
+    if routed.repeats == "mean":
+        weight = there / there.sum(-1, keepdim=True).clamp(min=1)
+        return (found * weight[..., None].to(found.dtype)).sum(-2), None
+    if lse is None:
+        return (found * there[..., None].to(found.dtype)).sum(-2), None
+    each = lse.reshape(-1).index_select(0, rows.flatten()).view(rows.shape).masked_fill(~there, -torch.inf)
+    some = (each.detach() != -torch.inf).any(-1)
+    finite = torch.where(some[..., None], each, 0)
+    total = torch.logsumexp(finite, -1)
+    share = torch.where(some[..., None], (finite - total[..., None]).exp(), 0)
+    merged = (found * share[..., None].to(found.dtype)).sum(-2)
+    return merged.to(out.dtype), torch.where(some, total, -torch.inf)

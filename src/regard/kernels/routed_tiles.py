@@ -1,0 +1,146 @@
+"""The tiles of a routed call, chunk by chunk: which queries, which keys, under which mask.
+
+A tile is one row of queries of a strip (query heads that share keys and decision, stacked) with the keys its row lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.kernels.routed_rows import Batch, Units, block_batches, sizes, slots, units_of
+from regard.patterns.decided import Routed
+
+__all__ = ["Chunk", "Tiles", "make_tiles"]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some tiles of a batch, for one strip of each list."""
+
+    batch: Batch
+    tiles: Tensor | slice  # [tiles] strip * rows + row, a slice where they follow each other
+    strip: Tensor  # [tiles]
+    row: Tensor  # [tiles] row of the list
+    keys: Tensor  # [tiles, n / unit], numbers in the flat axis of all kv heads
+    allow: Tensor | None  # bool [1 or tiles, size or 1, n]
+
+    def gather(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """``[tiles, n, width]`` of the flat keys or values ``[kv heads * length, width]``."""
+        t, width, unit = len(self.keys), x.shape[-1], self.batch.unit
+        rows = self.keys.flatten().to(x.device)
+        flat = x.view(-1, unit * width)
+        if buffer is None:
+            found = flat.index_select(0, rows)
+        else:
+            found = buffer[: len(rows) * unit * width].view(len(rows), unit * width)
+            torch.index_select(flat, 0, rows, out=found)
+        return found.view(t, self.batch.n, width)
+
+    def add(self, x: Tensor, values: Tensor) -> None:
+        """Add ``[tiles, n, width]`` to what stands at the keys of the flat ``[kv heads * length, width]``."""
+        width = self.batch.unit * x.shape[-1]
+        x.view(-1, width).index_add_(0, self.keys.flatten().to(x.device), values.reshape(-1, width).to(x.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A call's batches, and how its tensors are cut."""
+
+    routed: Routed
+    units: Units
+    batches: list[Batch]
+    n_rows: int
+    size: int
+    q_slots: int
+    kv_slots: int
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that are computed, over all heads and samples."""
+        each = self.units.strips // self.units.lists * self.units.shared
+        return each * sum(len(b) * b.size * b.n for b in self.batches)
+
+    @cached_property
+    def _strips(self) -> tuple[Tensor, Tensor]:
+        """The strips of each list ``[lists, strips of each]``, and the flat kv head of each strip."""
+        lists, kv = self.units.of_strips()
+        return lists.argsort(stable=True).view(self.units.lists, -1), kv
+
+    def chunks(self, room: Callable[[Batch], int], device: torch.device) -> Iterator[Chunk]:
+        """All tiles, `room(batch)` of them at once."""
+        strips, kv = self._strips
+        for batch in self.batches:
+            step = max(1, room(batch))
+            shared = None if batch.masked else _on(batch.allow(slice(0, 1)), device)
+            for lo in range(0, len(batch), step):
+                at = slice(lo, min(lo + step, len(batch)))
+                rows, keys = batch.rows[at], batch.keys(at)
+                allow = _on(batch.allow(at), device) if batch.masked else shared
+                lists, row = rows // self.n_rows, rows % self.n_rows
+                for n in range(strips.shape[1]):
+                    strip = strips[lists, n]
+                    tiles = strip * self.n_rows + row
+                    flat = keys + (kv[strip] * (self.kv_slots // batch.unit))[:, None]
+                    yield Chunk(batch, _as_slice(tiles, device), strip, row, flat, allow)
+
+    def tokens(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sample ``[tiles]``, heads ``[tiles, shared]``, queries (from 0) ``[tiles, shared, size]`` and keys
+        ``[tiles, shared, n]`` of a chunk; padding stands for the last one, or for 0 in an order."""
+        u, kv = self.units, self._strips[1]
+        first = chunk.strip * u.shared
+        b, heads = first // u.heads, (first % u.heads)[:, None] + torch.arange(u.shared)
+        q = (chunk.row[:, None] * self.size + torch.arange(self.size)).clamp(max=self.q_slots - 1)
+        k = (chunk.keys - (kv[chunk.strip] * (self.kv_slots // chunk.batch.unit))[:, None])[..., None]
+        k = (k * chunk.batch.unit + torch.arange(chunk.batch.unit)).flatten(1)
+        found = []
+        for order, slot in ((self.routed.q_order, q), (self.routed.kv_order, k)):
+            here = slot[:, None].expand(-1, u.shared, -1)
+            found.append(here if order is None else _tokens(order, u.heads, b, heads, slot))
+        return b, heads, found[0], found[1]
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """``[strips * rows, shared, size, ...]`` of ``[batch, heads, q_slots, ...]``, zeros past the end."""
+        u, short = self.units, self.n_rows * self.size - self.q_slots
+        shape = (u.strips, u.shared, self.n_rows, self.size, *x.shape[3:])
+        if short:
+            x = F.pad(x, (*(0,) * (2 * (x.ndim - 3)), 0, short))
+        return x.reshape(shape).transpose(1, 2).reshape(-1, u.shared, self.size, *x.shape[3:])
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """`rows_of` undone."""
+        u = self.units
+        x = x.view(u.strips, self.n_rows, u.shared, self.size, *x.shape[3:]).transpose(1, 2)
+        x = x.reshape(u.batch, u.heads, self.n_rows * self.size, *x.shape[4:])
+        return x[:, :, : self.q_slots]
+
+
+def _tokens(order: Tensor, heads: int, b: Tensor, h: Tensor, slot: Tensor) -> Tensor:
+    """``[tiles, shared, slots]`` tokens of slots ``[tiles, slots]``."""
+    order = order.cpu().clamp(min=0)
+    sample = b if order.shape[0] > 1 else torch.zeros_like(b)
+    return order[sample[:, None, None], (h // (heads // order.shape[1]))[:, :, None], slot[:, None]]
+
+
+def _on(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device)
+
+
+def _as_slice(x: Tensor, device: torch.device) -> Tensor | slice:
+    """Consecutive numbers as a slice."""
+    first, last = int(x[0]), int(x[-1])
+    if last - first == len(x) - 1 and bool((x.diff() == 1).all()):
+        return slice(first, last + 1)
+    return x.to(device)
+
+
+def make_tiles(routed: Routed, batch: int, heads: int, kv_heads: int) -> Tiles:
+    """The tiles of a call of so many samples and heads; kv heads as the slots have them."""
+    units = units_of(routed, batch, heads, kv_heads)
+    (q_slots, kv_slots), (size, _) = slots(routed), sizes(routed)
+    return Tiles(routed, units, block_batches(routed, units), routed.n_rows, size, q_slots, kv_slots)
