@@ -77,7 +77,7 @@ def best(scores: Tensor, k: Tensor | int) -> Tensor:
     return (rank < k) & candidate
 
 
-def _share(name: str, value: float, least: float = 0) -> None:
+def _share(name: str, value: float | int, least: float | int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 1:
         raise ValueError(f"{name} must lie in [{least}, 1], got {value!r}")
 
@@ -111,7 +111,7 @@ class ratio(Select):
         return best(scores, _part(scores, self.r).clamp(min=1))
 
 
-def _part(scores: Tensor, share: float) -> Tensor:
+def _part(scores: Tensor, share: float | int) -> Tensor:
     """``floor(share n)`` for the n candidates of each row; a product within 1e-9 of an integer is that integer."""
     n = (scores != -torch.inf).sum(-1, keepdim=True)
     return (n.double() * share + 1e-9).floor().long()
