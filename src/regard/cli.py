@@ -124,6 +124,7 @@ def watch(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The atlas: a Zarr folder.")],
     text: Text = None,
+    image: Image = None,
     corpus: Annotated[
         Path | None, typer.Option(help='JSON lines with a field "text", or Parquet.', exists=True, dir_okay=False)
     ] = None,
@@ -134,22 +135,23 @@ def watch(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Watch a model on a text or a corpus and write the atlas.
+    """Watch a model on a text, a picture or a corpus and write the atlas.
 
     A corpus is split over processes by `torchrun --nproc-per-node N -m regard watch ...`.
     """
-    if (text is None) == (corpus is None):
-        raise typer.BadParameter("give one of them", param_hint="--text / --corpus")
-    if text is not None and resume:
+    if sum(source is not None for source in (text, image, corpus)) != 1:
+        raise typer.BadParameter("give one of them", param_hint="--text / --image / --corpus")
+    if corpus is None and resume:
         raise typer.BadParameter("only a corpus run can be resumed", param_hint="--resume")
+    if image is not None and tokens is not None:
+        raise typer.BadParameter("a picture has no tokens to cut", param_hint="--tokens")
     loaded = _load(model, device)
     if corpus is not None:
         atlas = _watch_corpus(loaded, corpus, out, statistics.value, batch, tokens, resume)
         if atlas is None:  # another rank than the first: it has handed its part over
             return
     else:
-        assert text is not None
-        atlas = _watch_text(loaded, _read(text), statistics.value, tokens)
+        atlas = _watch_one(loaded, text, image, statistics.value, tokens)
         atlas.save(out)
     facts = {"atlas": str(out), "layers": atlas.sizes["layer"], "heads": atlas.sizes["head"]}
     facts |= {"samples": atlas.sizes.get("sample"), "variables": sorted(map(str, atlas.data_vars))}
@@ -207,6 +209,7 @@ def report(
 def roles(
     model: ModelOrDemo = None,
     text: Text = None,
+    image: Image = None,
     atlas: AtlasPath = None,
     tokens: Tokens = None,
     demo: Demo = False,
@@ -215,8 +218,10 @@ def roles(
     as_json: AsJson = False,
 ) -> None:
     """Name every head, with the evidence."""
-    if demo + (text is not None) + (atlas is not None) != 1:
-        raise typer.BadParameter("give exactly one", param_hint="--text / --atlas / --demo")
+    if demo + sum(source is not None for source in (text, image, atlas)) != 1:
+        raise typer.BadParameter("give exactly one", param_hint="--text / --image / --atlas / --demo")
+    if image is not None and tokens is not None:
+        raise typer.BadParameter("a picture has no tokens to cut", param_hint="--tokens")
     if demo and model:
         raise typer.BadParameter("brings its own model and text; leave out MODEL", param_hint="--demo")
     loaded = None
@@ -229,7 +234,7 @@ def roles(
         if not demo and model is None:
             raise typer.BadParameter("name one: a folder, a hub name or testbed:decoder", param_hint="MODEL")
         loaded = _load(DEMO_MODEL if demo else str(model), device)
-        watched = _watch_text(loaded, _read(text or DEMO_TEXT), "full", tokens)
+        watched = _watch_one(loaded, text or (None if image else DEMO_TEXT), image, "full", tokens)
     from regard.report.build import judge
 
     table = judge(watched, _probes(loaded) if loaded and (probe or demo) else {})
@@ -397,7 +402,8 @@ def papers(
 @app.command()
 def train(
     name: Annotated[
-        str, typer.Argument(help="decoder, lists, maps, numbers, roles, lexicon or arith.", show_default=False)
+        str,
+        typer.Argument(help="decoder, lists, maps, numbers, roles, lexicon, arith, vit or video.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
     size: Annotated[
@@ -472,10 +478,17 @@ def _encode(loaded: Any, text: str, tokens: int | None) -> dict[str, Any]:
         raise typer.BadParameter(str(error), param_hint="--text") from error
 
 
-def _watch_text(loaded: Any, text: str, statistics: str, tokens: int | None) -> Any:
+def _watch_one(loaded: Any, text: Path | None, image: Path | None, statistics: str, tokens: int | None) -> Any:
+    """The atlas of a text or of a picture, of which exactly one is given."""
     import torch
 
-    inputs = _encode(loaded, text, tokens)
+    if image is not None:
+        from regard.report.picture import watch_picture
+
+        with _working(f"watching {image}"):
+            return watch_picture(loaded.model, image, statistics)
+    assert text is not None
+    inputs = _encode(loaded, _read(text), tokens)
     with _working(f"watching {inputs['input_ids'].shape[1]} tokens"), torch.no_grad():
         with regard.watch(loaded.model, statistics=statistics, tokenizer=loaded.tokenizer) as watched:
             loaded.model(**inputs)
