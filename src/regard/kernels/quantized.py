@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from regard.kernels.request import Request, make_request
+from regard.patterns import Routed
 from regard.patterns.layout import BlockLayout, block_size
 from regard.patterns.pattern import Pattern
 
@@ -97,7 +98,7 @@ def quantized_attend(
     qk_bits: int = 8,
     pv_bits: int = 8,
     rows: tuple[int, int] = (32, 64),
-    block: int | tuple[int, int] = 64,
+    block: int | tuple[int, int] | None = None,
     return_lse: bool = False,
 ) -> (
     Float[Tensor, "batch heads q_len v_dim"]
@@ -117,10 +118,11 @@ def quantized_attend(
 
     Args:
         q, k, v, pattern, q_start, scale: as in `attend`. The tokens of a block that differ least are quantised best:
-            bring them together first (`regard.plan.reorder`).
+            bring them together first, or by a route that does (`regard.plan.reorder`).
         qk_bits, pv_bits: 2 to 8; below 8 the integers still lie in int8.
         rows: rows that share a scale, of q and of k.
-        block: tokens of a block of P, ``(queries, keys)``; its keys share the scale of their values.
+        block: tokens of a block of P, ``(queries, keys)``; its keys share the scale of their values. None: 64, and the
+            route's own for a stored route in an order of its own, in which its tokens are then quantised.
         return_lse: give ``(out, lse)``, lse that of the quantised scores.
 
     A query without a key gives zeros and lse = -inf. There is no backward pass: rounding has no gradient.
@@ -132,77 +134,155 @@ def quantized_attend(
     r = make_request(q, k, v, pattern, q_start=q_start, scale=scale)
     if r.needs_grad:
         raise ValueError("q, k and v: rounding has no gradient, so none may be asked for; detach them or use no_grad")
-    bq, bk = block_size(block)
     most = (1 << _bits("pv_bits", pv_bits)) - 1
     shape, work = (r.batch, r.heads, r.q_len), r.work_dtype
     out = torch.zeros(*shape, r.v_dim, dtype=work, device=q.device)
     lse = torch.full(shape, -torch.inf, dtype=work, device=q.device)
-    qi, ki = quantize(q, qk_bits, rows[0]), quantize(k, qk_bits, rows[1])
-    vi = quantize(v, pv_bits, bk)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values")
+    sizes = _block(r.pattern, block)
     if not r.empty:
-        blocks = _Blocks(r, r.pattern.layout(r.q_len, r.kv_len, (bq, bk), r.q_start), ki, vi)
+        plan = _Plan(r, sizes)
+        blocks = _Blocks(r, plan, quantize(plan.keys(k), qk_bits, rows[1]), quantize(plan.keys(v), pv_bits, sizes[1]))
+        qi = quantize(plan.queries(q), qk_bits, rows[0])
         scales = qi.row_scale() * r.scale
-        for i in range(-(-r.q_len // bq)):
-            at = slice(i * bq, min((i + 1) * bq, r.q_len))
-            out[:, :, at], lse[:, :, at] = blocks.row(i, at, qi.values[:, :, at], scales[:, :, at, None], most)
+        for i in range(plan.rows):
+            at = slice(i * sizes[0], (i + 1) * sizes[0])
+            found = blocks.row(i, plan.q_slots[:, :, at], qi.values[:, :, at], scales[:, :, at, None], most)
+            plan.put(out, at, found[0])
+            plan.put(lse[..., None], at, found[1][..., None])
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
 
 
-class _Blocks:
-    """Keys and values in blocks, and the rows of the layout that say which of them each query block meets."""
-
-    def __init__(self, request: Request, layout: BlockLayout, k: Quantized, v: Quantized) -> None:
-        r, bk = request, layout.block[1]
-        self.request, self.layout, n = r, layout, layout.n_kv_blocks
-        short = n * bk - r.kv_len
-        self.k, self.v = (
-            torch.nn.functional.pad(x.values, (0, 0, 0, short)).unflatten(2, (n, bk)).repeat_interleave(r.group, 1)
-            for x in (k, v)
+def _block(pattern: Pattern, block: int | tuple[int, int] | None) -> tuple[int, int]:
+    """The block asked for; a route whose rows and blocks are of slots has one of its own."""
+    if not isinstance(pattern, Routed) or not pattern.ordered:
+        return block_size(64 if block is None else block)
+    if pattern.repeats != "error" or pattern.keep is not None:
+        raise ValueError(
+            "pattern is a route in an order of its own with "
+            + ("keep" if pattern.keep is not None else f"repeats={pattern.repeats!r}")
+            + ", which attention on integers does not take"
         )
-        scale = torch.nn.functional.pad(k.row_scale(), (0, short)).unflatten(2, (n, bk))
-        self.k_scale = scale.repeat_interleave(r.group, 1)
-        self.v_scale = v.scale.repeat_interleave(r.group, 1)
+    if block is not None and block_size(block) != pattern.block:
+        raise ValueError(f"block must be that of the ordered route, {pattern.block}, or None, got {block!r}")
+    return pattern.block
 
-    def listed(self, i: int) -> tuple[Tensor, Tensor]:
-        """Key blocks ``[batch, heads, m]`` of query block i, and which entries of it are there."""
-        r, layout = self.request, self.layout
-        row = torch.arange(layout.samples * layout.heads).view(layout.samples, layout.heads) * layout.n_q_blocks + i
-        first, count = layout.indptr[row], layout.counts[row]
-        m = torch.arange(max(int(count.max()), 1))
-        there = m < count[..., None]
-        at = (first[..., None] + m).clamp(max=max(layout.n_blocks - 1, 0))
-        index = torch.where(there, layout.indices[at].long(), 0) if layout.n_blocks else torch.zeros_like(at)
-        shape = (r.batch, r.heads, len(m))
-        return index.expand(shape).to(r.q.device), there.expand(shape).to(r.q.device)
 
-    def row(self, i: int, at: slice, q: Tensor, scale: Tensor, most: int) -> tuple[Tensor, Tensor]:
+class _Plan:
+    """Which token each slot holds (-1: none), and which blocks of slots meet. Without an order, slots are tokens."""
+
+    def __init__(self, request: Request, block: tuple[int, int]) -> None:
+        self.request, device = request, request.q.device
+        r, pattern = request, request.pattern
+        self.ordered = isinstance(pattern, Routed) and pattern.ordered
+        if isinstance(pattern, Routed) and pattern.ordered:
+            assert pattern.index is not None
+            assert pattern.count is not None
+            orders = [pattern.q_order, pattern.kv_order]
+            index, count = pattern.index, pattern.count
+        else:
+            orders = [None, None]
+            index, count = _table(pattern.layout(r.q_len, r.kv_len, block, r.q_start))
+        self.index, self.count = (self._spread(x.to(device).long()) for x in (index, count))
+        self.q_slots, self.kv_slots = (
+            self._slots(order, length, size)
+            for order, length, size in zip(orders, (r.q_len, r.kv_len), block, strict=True)
+        )
+        self.rows, self.columns = (
+            x.shape[2] // size for x, size in zip((self.q_slots, self.kv_slots), block, strict=True)
+        )
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """``[batch, heads, ...]`` from what may tell no samples apart, and decisions instead of heads."""
+        heads = self.request.heads // x.shape[1]
+        return x.repeat_interleave(heads, 1).expand(self.request.batch, *(-1,) * (x.ndim - 1))
+
+    def _slots(self, order: Tensor | None, length: int, size: int) -> Tensor:
+        r = self.request
+        slots = torch.arange(length)[None, None] if order is None else order
+        slots = torch.nn.functional.pad(slots.to(r.q.device), (0, -slots.shape[-1] % size), value=-1)
+        return self._spread(slots) if self.ordered else slots
+
+    def queries(self, x: Tensor) -> Tensor:
+        """``[batch, heads, slots, width]``; padding is zero."""
+        return self._in_slots(x, self.q_slots)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """``[batch, kv_heads, slots, width]``; every query head has keys of its own where they are ordered."""
+        return self._in_slots(x.repeat_interleave(self.request.group, 1) if self.ordered else x, self.kv_slots)
+
+    def _in_slots(self, x: Tensor, slots: Tensor) -> Tensor:
+        at = slots.clamp(min=0)[..., None].expand(*x.shape[:2], -1, x.shape[3])
+        return x.gather(2, at).masked_fill((slots < 0)[..., None], 0)
+
+    def put(self, out: Tensor, at: slice, values: Tensor) -> None:
+        """Write rows of slots to their tokens."""
+        slots = self.q_slots[:, :, at]
+        if not self.ordered:
+            tokens = slots[0, 0][slots[0, 0] >= 0]
+            out[:, :, tokens] = values[:, :, : len(tokens)]
+            return
+        b, h, s = (slots >= 0).nonzero(as_tuple=True)
+        out[b, h, slots[b, h, s]] = values[b, h, s]
+
+
+class _Blocks:
+    """Keys and values in blocks of slots."""
+
+    def __init__(self, request: Request, plan: _Plan, k: Quantized, v: Quantized) -> None:
+        self.request, self.plan, n = request, plan, plan.columns
+        group = request.heads // k.values.shape[1]
+        parts = (x.values.unflatten(2, (n, -1)).repeat_interleave(group, 1) for x in (k, v))
+        self.k, self.v = parts
+        self.k_scale = k.row_scale().unflatten(2, (n, -1)).repeat_interleave(group, 1)
+        self.v_scale = v.scale.repeat_interleave(group, 1)
+        self.tokens = plan.kv_slots.unflatten(2, (n, -1)).expand(request.batch, request.heads, -1, -1)
+
+    def row(self, i: int, q_slots: Tensor, q: Tensor, scale: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` of one block of queries."""
-        r, bk = self.request, self.layout.block[1]
-        index, there = self.listed(i)
-        k, v = (_pick(x, index) for x in (self.k, self.v))
-        keys = (index[..., None] * bk + torch.arange(bk, device=index.device)).flatten(2)
-        allowed = self._allowed(at, keys, there)
+        r = self.request
+        count = self.plan.count[:, :, i]
+        width = max(int(count.max()), 1)
+        index = torch.nn.functional.pad(self.plan.index[:, :, i], (0, 1), value=-1)[..., :width]
+        there = torch.arange(width, device=index.device) < count[..., None]
+        index = torch.where(there, index, 0)
+        k, v, tokens = (_pick(x, index) for x in (self.k, self.v, self.tokens))
+        allowed = self._allowed(q_slots, torch.where(there[..., None], tokens, -1).flatten(2))
         whole = integer_product(q, k.flatten(2, 3).transpose(2, 3)).to(r.work_dtype)
         scores = whole * scale * _pick(self.k_scale, index).flatten(2)[:, :, None]
         scores = scores.masked_fill(~allowed, -torch.inf)
         lse = torch.logsumexp(scores, -1)
         weights = (scores - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp()
-        weights = weights.unflatten(3, (-1, bk)).transpose(2, 3)  # [batch, heads, block, query, key]
+        weights = weights.unflatten(3, (width, -1)).transpose(2, 3)  # [batch, heads, block, query, key]
         step = weights.amax((-2, -1)) / most
         whole = (weights / torch.where(step > 0, step, 1)[..., None, None]).round_().clamp_(max=most).to(torch.uint8)
         parts = integer_product(whole, v).to(r.work_dtype)
         return torch.einsum("bhm,bhmqd->bhqd", step * _pick(self.v_scale, index), parts), lse
 
-    def _allowed(self, at: slice, keys: Tensor, there: Tensor) -> Tensor:
-        r = self.request
-        real = (there.repeat_interleave(self.layout.block[1], -1) & (keys < r.kv_len))[:, :, None]
+    def _allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Pairs of the tokens in slots ``[batch, heads, n]``; none with padding."""
+        r, device = self.request, keys.device
+        real = (queries >= 0)[..., None] & (keys >= 0)[:, :, None]
         if r.whole:
             return real
-        queries = torch.arange(at.start, at.stop, device=keys.device)[:, None] + r.q_start
-        head = torch.arange(r.heads, device=keys.device)[:, None, None]
-        sample = torch.arange(r.batch, device=keys.device)[:, None, None, None]
-        return real & r.pattern.allows(queries, keys.clamp(max=r.kv_len - 1)[:, :, None], head, sample)
+        head = torch.arange(r.heads, device=device)[:, None, None]
+        sample = torch.arange(r.batch, device=device)[:, None, None, None]
+        i, j = queries.clamp(min=0)[..., None] + r.q_start, keys.clamp(min=0)[:, :, None]
+        return real & r.pattern.allows(i, j, head, sample)
+
+
+def _table(layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """``(index [samples, heads, rows, width], count)`` of a layout's blocks, in padded rows."""
+    counts = layout.counts
+    place = torch.arange(max(int(counts.max()) if len(counts) else 0, 1))
+    there = place < counts[:, None]
+    index = torch.full(there.shape, -1, dtype=torch.long)
+    index[there] = layout.indices.long()
+    lead = (layout.samples, layout.heads, layout.n_q_blocks)
+    return index.view(*lead, len(place)), counts.view(lead)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
