@@ -439,7 +439,7 @@ def test_errors_name_the_layer_and_what_is_accepted():
         attend_with(model, {2: Causal()})
     with pytest.raises(ValueError, match=r"named twice in the table: it is model.layers.1.self_attn"):
         attend_with(model, {1: Causal(), -1: Full()})
-    with pytest.raises(ValueError, match="pattern of layer 0 must be a Pattern or None, got str"):
+    with pytest.raises(ValueError, match="pattern of layer 0 must be a Pattern, a Route or None, got str"):
         inspect.unwrap(attend_with)(model, {0: "window"})
     with pytest.raises(ValueError, match="pattern must be a regard Pattern or a table"):
         inspect.unwrap(attend_with)(model, "window")

@@ -70,6 +70,11 @@ class BlockTopK(Route):
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def appends(self) -> bool:
+        """Not with an order."""
+        return self.order is None
+
     def with_select(self, select: Select) -> BlockTopK:
         """The same route with another select."""
         narrowed = self._with("rule", select)

@@ -84,6 +84,15 @@ class Route(ABC):
         """``select(q, summarize(k))``."""
         return self.select(q, self.summarize(k), within=within, q_start=q_start)
 
+    @property
+    def appends(self) -> bool:
+        """Whether `summarize` takes ``past``."""
+        return True
+
+    def fresh(self) -> Route:
+        """A route like this with no memory of what it decided; itself where it has none."""
+        return self
+
     def __and__(self, pattern: Pattern) -> Route:
         """The same route inside the pattern too."""
         if not isinstance(pattern, Pattern):
@@ -139,6 +148,15 @@ class Refresh(Route):
     def within(self) -> Pattern | None:  # type: ignore[override]
         """The route's."""
         return self.route.within
+
+    @property
+    def appends(self) -> bool:
+        """The route's."""
+        return self.route.appends
+
+    def fresh(self) -> Refresh:
+        """The same before its first call."""
+        return Refresh(self.route.fresh(), self.every)
 
     def __and__(self, pattern: Pattern) -> Refresh:
         return Refresh(self.route & pattern, self.every) if isinstance(pattern, Pattern) else NotImplemented

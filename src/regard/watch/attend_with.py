@@ -7,22 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from regard.kernels.attend import attend
-from regard.patterns import Full, Pattern
+from regard.patterns import Full, Pattern, Route
 from regard.watch.anatomy import Anatomy, anatomy
 from regard.watch.call import Call
 from regard.watch.own_mask import own_mask
+from regard.watch.route_call import attend_route
 from regard.watch.seam import Seam, SeamError
+from regard.watch.summaries import Summaries
 
 __all__ = ["AttendWith", "attend_with"]
 
-Table = Mapping[int | str, Pattern | None]
+Table = Mapping[int | str, Pattern | Route | None]
 
 
 def attend_with(
     model: nn.Module,
-    pattern: Pattern | Table,
+    pattern: Pattern | Route | Table,
     *,
     keep_mask: bool = True,
     backend: str = "auto",
@@ -34,12 +37,17 @@ def attend_with(
     or its position ids tell it, and cached keys have the positions they were read at. Gradients pass. The model's own
     causality, window and padding stay in force.
 
+    A route (`BlockTopK` and its kin) decides anew in each call, from the call's own q and k, inside the model's
+    causality and padding; blocks count from each sample's first token. While a cache grows, what the route knows of the
+    keys is appended to; where the keys are other ones than before (a new cache, one cut back, beams in another order)
+    it is made again.
+
     Args:
         model: the module that is called.
-        pattern: one for every self-attention, or a table ``{layer: pattern or None}`` for the layers it names (None, or
-            not named: left as they are). A layer is the number of a block or the name of an attention module, as
-            `regard.anatomy` has them; cross-attention is changed only where it is named. Heads that differ:
-            `per_head([...])`, one pattern for each query head.
+        pattern: a pattern or route for every self-attention, or a table ``{layer: pattern, route or None}`` for the
+            layers it names (None, or not named: left as they are). A layer is the number of a block or the name of an
+            attention module, as `regard.anatomy` has them; cross-attention is changed only where it is named. Heads
+            that differ: `per_head([...])`, one pattern for each query head.
         keep_mask: False: the pattern stands in place of the model's causality or window; padding stays out all the
             same.
         backend: of `regard.attend`.
@@ -58,21 +66,29 @@ def attend_with(
 
 
 class AttendWith:
-    """The context that `attend_with` gives. `used` counts the changed calls of each layer."""
+    """The context that `attend_with` gives. `used` counts the changed calls of each layer; `summaries` says how often
+    what a route knows was appended to and how often it was made."""
 
     def __init__(self, model: nn.Module, pattern: Any, *, keep_mask: bool, backend: str, parts: Anatomy | None):
         self.model, self.keep_mask, self.backend = model, keep_mask, backend
-        self._everywhere = pattern if isinstance(pattern, Pattern) else None
-        self._table = {} if isinstance(pattern, Pattern) else _by_name(model, pattern, parts)
+        self._everywhere = pattern if isinstance(pattern, (Pattern, Route)) else None
+        self._table = {} if self._everywhere is not None else _by_name(model, pattern, parts)
+        self.summaries = Summaries()
+        self._looking: RemovableHandle | None = None
         self._seam = Seam(model, self._answer, edits=True)
         self.used: dict[str, int] = {}
 
     def __enter__(self) -> AttendWith:
         self.used = {}
+        self.summaries.clear()
         self._seam.__enter__()
+        self._looking = self.model.register_forward_pre_hook(lambda *_: self.summaries.look())
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._looking is not None:
+            self._looking.remove()
+        self.summaries.forget()
         self._seam.__exit__(kind, error, trace)
         idle = [name for name, p in self._table.items() if p is not None and name not in self.used]
         if kind is None and idle and self._seam._ran:
@@ -90,7 +106,7 @@ class AttendWith:
         except ValueError as error:
             raise ValueError(f"layer {call.layer!r}: {error}") from error
 
-    def _attend(self, call: Call, pattern: Pattern) -> Tensor:
+    def _attend(self, call: Call, pattern: Pattern | Route) -> Tensor:
         _check(call)
         own = own_mask(call)
         if not self.keep_mask and own.valued and own.shape != Full():
@@ -98,6 +114,8 @@ class AttendWith:
                 "its mask adds values to the scores and forbids pairs besides, so keep_mask=False cannot tell what it "
                 "would add there; use keep_mask=True"
             )
+        if isinstance(pattern, Route):
+            return attend_route(call, pattern, own, self.summaries, keep=self.keep_mask, backend=self.backend)
         bias = own.bias if self.keep_mask or own.valued else None
         cross = call.kind == "cross"
         dtype = call.result_dtype
@@ -115,16 +133,19 @@ class AttendWith:
         return found
 
 
-def _by_name(model: nn.Module, table: Any, parts: Anatomy | None) -> dict[str, Pattern | None]:
+def _by_name(model: nn.Module, table: Any, parts: Anatomy | None) -> dict[str, Pattern | Route | None]:
     if not isinstance(table, Mapping):
         raise ValueError(
-            f"pattern must be a regard Pattern or a table {{layer: pattern or None}}, got {type(table).__name__}"
+            "pattern must be a regard Pattern, a Route or a table {layer: pattern, route or None}, got "
+            f"{type(table).__name__}"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    out: dict[str, Pattern | None] = {}
+    out: dict[str, Pattern | Route | None] = {}
     for layer, pattern in table.items():
-        if pattern is not None and not isinstance(pattern, Pattern):
-            raise ValueError(f"pattern of layer {layer!r} must be a Pattern or None, got {type(pattern).__name__}")
+        if pattern is not None and not isinstance(pattern, (Pattern, Route)):
+            raise ValueError(
+                f"pattern of layer {layer!r} must be a Pattern, a Route or None, got {type(pattern).__name__}"
+            )
         if isinstance(layer, int) and not isinstance(layer, bool):
             parts = anatomy(model) if parts is None else parts
             name = parts.attention(layer)
