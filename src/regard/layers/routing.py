@@ -1,0 +1,335 @@
+"""Attention inside clusters of queries and keys, found by k-means while the model trains (arXiv 2003.05997)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regard.kernels.attend import attend
+from regard.layers.position import Position
+from regard.layers.refuse import need_heads, refuse
+from regard.patterns import Causal, Pattern, Route, Routed, Summary, Window, candidates
+from regard.patterns.decided import both
+from regard.patterns.pattern import resolve_q_start
+
+__all__ = ["KMeansRoute", "Members", "RoutingAttention"]
+
+Members = Literal["balanced", "nearest"]
+
+
+class KMeansRoute(nn.Module, Route):
+    """Queries and keys near the same centroid meet; ``x = LayerNorm(q)``, ``LayerNorm(k)`` without affine parameters.
+
+    ``members="balanced"``, the paper's rule: each of the c centroids of a head takes its w nearest queries and its w
+    nearest keys (ties to the earlier token), sorted by position; a query in several groups gets the mean of its
+    outputs, one in none zeros. Which tokens fill a group depends on **all** tokens, later ones too: under a causal
+    ``within`` no query reads a later value, but whether it is in a group at all, and with which earlier keys, does hang
+    on later tokens. So this rule is for whole sequences, and what it scores on next-token prediction is optimistic.
+
+    ``members="nearest"``, for causal models: a query meets the last w keys up to its own place that have the same
+    nearest centroid. Nothing of it depends on a later token, and steps give the numbers of the whole sequence.
+
+    Centroids are buffers: `update` moves them while training, and nothing else does.
+
+    Args:
+        heads, head_dim: of queries and keys. Under GQA a key counts for each query head of its group.
+        centroids: c, of each head; about ``sqrt(length)``.
+        width: w; None: ``ceil(length / c)`` of the keys, and of the queries.
+        members: see above.
+        decay: lambda of `update`.
+        beta: factor of `aux_loss`.
+        within: what may meet at all.
+        generator: draws the first centroids, normalised as x is; None: the global one.
+
+    Raises:
+        ValueError: a number or name out of its range.
+    """
+
+    centroids: Tensor
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        centroids: int,
+        *,
+        width: int | None = None,
+        members: Members = "balanced",
+        decay: float | int = 0.999,
+        beta: float | int = 1e-4,
+        within: Pattern | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"heads": heads, "head_dim": head_dim, "centroids": centroids, "width": width}
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if members not in get_args(Members):
+            raise ValueError(f"members must be one of {', '.join(map(repr, get_args(Members)))}, got {members!r}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {decay}")
+        self.block, self.heads, self.within = (1, 1), "each", within
+        self.width, self.members, self.decay, self.beta = width, members, float(decay), float(beta)
+        start = F.layer_norm(torch.randn(heads, centroids, head_dim, generator=generator), (head_dim,))
+        self.register_buffer("centroids", start)
+
+    # -- deciding
+
+    def summarize(self, k: Float[Tensor, "batch kv_heads length head_dim"], *, past: Summary | None = None) -> Summary:
+        """``x``: the normalised keys."""
+        x = self._normed("k", k)
+        if past is not None:
+            x = torch.cat([past["x"], x], 2)
+        return Summary(x.shape[2], {"x": x})
+
+    @torch.no_grad()
+    def select(
+        self,
+        q: Float[Tensor, "batch heads q_len head_dim"],
+        summary: Summary,
+        *,
+        within: Pattern | None = None,
+        q_start: int | None = None,
+    ) -> Routed:
+        """Groups ("balanced"), or single keys of single queries ("nearest").
+
+        Raises:
+            ValueError: other heads or another head_dim than its own; "balanced" for queries that are not the whole
+                sequence, whose groups cannot be known.
+        """
+        x_q, x_k, n = self._normed("q", q), summary["x"], summary.length
+        start, within = resolve_q_start(q.shape[2], n, q_start), both(self.within, within)
+        heads = self.centroids.shape[0]
+        if x_q.shape[1] != heads or heads % x_k.shape[1]:
+            raise ValueError(
+                f"q must have the {heads} heads of the centroids and k a divisor of them, got "
+                f"{x_q.shape[1]} and {x_k.shape[1]}"
+            )
+        x_k = x_k.repeat_interleave(heads // x_k.shape[1], 1)
+        seen = candidates(within, q.shape[2], n, (max(q.shape[2], 1), 1), q_start=start, decisions=heads)
+        seen = seen[:, :, 0].to(x_k.device)  # [samples, decisions, keys]: keys that some query may see
+        choose = self._balanced if self.members == "balanced" else self._nearest
+        return choose(x_q, x_k, seen, start, within)
+
+    def _balanced(self, x_q: Tensor, x_k: Tensor, seen: Tensor, start: int, within: Pattern | None) -> Routed:
+        queries, keys = x_q.shape[2], x_k.shape[2]
+        if start != 0 or queries != keys:
+            raise ValueError(
+                f"members='balanced' fills groups from the whole sequence, got {queries} queries from {start} on and "
+                f"{keys} keys; steps take members='nearest'"
+            )
+        c = self.centroids.shape[1]
+        width = min(-(-keys // c) if self.width is None else self.width, keys)
+        groups = []
+        for x, allowed in ((x_q, None), (x_k, seen)):
+            near = self._near(x)
+            if allowed is not None:
+                near = near.masked_fill(~allowed[:, :, None], -torch.inf)
+            top = near.sort(dim=-1, descending=True, stable=True)
+            token = top.indices[..., :width].masked_fill(top.values[..., :width] == -torch.inf, keys)
+            token = token.sort(-1).values
+            groups.append(token.masked_fill(token == keys, -1))
+        return Routed.groups(
+            groups[0], groups[1], "mean", q_len=queries, kv_len=keys, q_start=0, within=within, check=False,
+            cost=self.cost(queries, keys, x_q.shape[3]),
+        )  # fmt: skip
+
+    def _nearest(self, x_q: Tensor, x_k: Tensor, seen: Tensor, start: int, within: Pattern | None) -> Routed:
+        queries, keys, c = x_q.shape[2], x_k.shape[2], self.centroids.shape[1]
+        width = -(-keys // c) if self.width is None else self.width
+        q_cluster, k_cluster = self.assign(x_q), self.assign(x_k)
+        member = F.one_hot(k_cluster, c) * seen[..., None]  # [batch, heads, keys, c]
+        upto = member.cumsum(2)
+        place = (torch.arange(queries, device=x_q.device) + start).clamp(max=keys - 1)
+        before = upto[:, :, place].gather(3, q_cluster[..., None])  # members at or before the query's place
+        # keys sorted by cluster, by position inside one; those that no query may see come last
+        order = k_cluster.masked_fill(~seen.expand(k_cluster.shape), c).sort(dim=-1, stable=True).indices
+        total = member.sum(2)
+        first = (total.cumsum(-1) - total).gather(2, q_cluster)[..., None]
+        width = min(width, keys)
+        slot = before - torch.arange(width, 0, -1, device=x_q.device)  # the last w of them, ascending
+        token = order[:, :, None].expand(-1, -1, queries, -1).gather(3, (first + slot.clamp(min=0)).clamp(max=keys - 1))
+        token = token.masked_fill(slot < 0, keys).sort(-1).values
+        return Routed.tokens(
+            token.masked_fill(token == keys, -1).int(), q_len=queries, kv_len=keys, q_start=start, check=False,
+            within=both(within, Causal()), cost=self.cost(queries, keys, x_q.shape[3]),
+        )  # fmt: skip
+
+    def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:
+        """Products with the centroids: ``(q_len + kv_len) c head_dim``."""
+        return (q_len + kv_len) * self.centroids.shape[1] * head_dim
+
+    def forward(self, q: Tensor, k: Tensor, *, within: Pattern | None = None, q_start: int | None = None) -> Routed:
+        """``select(q, summarize(k))``."""
+        return self.select(q, self.summarize(k), within=within, q_start=q_start)
+
+    # -- learning
+
+    def assign(self, x: Float[Tensor, "batch heads length head_dim"]) -> Int[Tensor, "batch heads length"]:
+        """The centroid at the least distance of each normalised token; ties to the lower number."""
+        return self._near(x).argmax(2)
+
+    @torch.no_grad()
+    def update(
+        self, q: Float[Tensor, "batch heads q_len head_dim"], k: Float[Tensor, "batch kv_heads kv_len head_dim"]
+    ) -> None:
+        """``mu <- l mu + (1 - l) / 2 mean(x_q in its cluster) + (1 - l) / 2 mean(x_k in its cluster)``.
+
+        Clusters are by nearest centroid; where one has no query (no key), mu stands in for that mean. Under
+        `torch.distributed` the means are over all processes, so that centroids stay equal.
+
+        Raises:
+            ValueError: in evaluation mode, in which centroids do not move.
+        """
+        if not self.training:
+            raise ValueError("update moves the centroids, which evaluation leaves alone; call train() before")
+        new = self.decay * self.centroids
+        for name, x in (("q", q), ("k", k)):
+            normed = self._normed(name, x)
+            normed = normed.repeat_interleave(self.centroids.shape[0] // normed.shape[1], 1)
+            member = F.one_hot(self.assign(normed), self.centroids.shape[1]).to(normed)  # [batch, heads, length, c]
+            sums = torch.einsum("bhnc,bhnd->hcd", member, normed)
+            counts = member.sum((0, 2))[..., None]
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(sums)
+                torch.distributed.all_reduce(counts)
+            mean = torch.where(counts > 0, sums / counts.clamp(min=1), self.centroids)
+            new = new + (1 - self.decay) / 2 * mean.to(self.centroids.dtype)
+        self.centroids.copy_(new)
+
+    def aux_loss(
+        self, q: Float[Tensor, "batch heads q_len head_dim"], k: Float[Tensor, "batch kv_heads kv_len head_dim"]
+    ) -> Float[Tensor, ""]:
+        """``beta mean |x - mu(x)|^2`` over the queries and the keys; x learns, the centroid gets no gradient."""
+        total = torch.zeros((), device=q.device)
+        for name, x in (("q", q), ("k", k)):
+            normed = self._normed(name, x)
+            normed = normed.repeat_interleave(self.centroids.shape[0] // normed.shape[1], 1)
+            head = torch.arange(normed.shape[1], device=q.device)[None, :, None]
+            mine = self.centroids[head, self.assign(normed.detach())]
+            total = total + (normed - mine).square().sum(-1).mean() / 2
+        return self.beta * total
+
+    # -- parts
+
+    def _near(self, x: Tensor) -> Tensor:
+        """``-|x - mu|^2 + |x|^2``, [batch, heads, centroids, length]: highest where nearest."""
+        mu = self.centroids.to(x.dtype)
+        return 2 * mu @ x.mT - mu.square().sum(-1, keepdim=True)
+
+    def _normed(self, name: str, x: Tensor) -> Tensor:
+        heads, _, head_dim = self.centroids.shape
+        if x.shape[-1] != head_dim or heads % x.shape[1]:
+            raise ValueError(
+                f"{name} must have a divisor of {heads} heads and head_dim {head_dim}, got {list(x.shape)}"
+            )
+        return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), (head_dim,))
+
+    def extra_repr(self) -> str:
+        """Sizes and rules."""
+        heads, c, head_dim = self.centroids.shape
+        return f"heads={heads}, head_dim={head_dim}, centroids={c}, width={self.width}, members={self.members!r}"
+
+
+class RoutingAttention(nn.Module):
+    """Self-attention of a Routing Transformer: some heads local, the others inside k-means clusters.
+
+    In a causal layer queries are keys (``k = q``, the paper's decoder): the vectors that meet are clustered as one set.
+    In training each call moves the centroids and leaves ``aux["routing"]``, the `KMeansRoute.aux_loss` of the call.
+
+    Args:
+        dim, heads: width and heads; heads must divide dim.
+        centroids: of each routed head.
+        window: keys before the query (and after it, where not causal) that local heads see.
+        local: how many heads are local; None: half of them.
+        causal: whether queries see no later key.
+        members: see `KMeansRoute`; None: "nearest" where causal, "balanced" elsewhere. A causal layer with "balanced"
+            is the paper's own, and leaks membership.
+        width, decay, beta: of the route.
+        position: rotates what meets, after clustering.
+        generator: draws the first centroids.
+
+    Raises:
+        ValueError: as `KMeansRoute`, or local not in 0..heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        centroids: int,
+        *,
+        window: int = 256,
+        local: int | None = None,
+        causal: bool = True,
+        members: Members | None = None,
+        width: int | None = None,
+        decay: float | int = 0.999,
+        beta: float | int = 1e-4,
+        position: Position | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        need_heads(dim, heads)
+        local = heads // 2 if local is None else local
+        if not 0 <= local <= heads:
+            raise ValueError(f"local must be in 0..{heads}, got {local}")
+        if window < 0:
+            raise ValueError(f"window must be at least 0, got {window}")
+        self.dim, self.heads, self.local, self.causal = dim, heads, local, causal
+        self.window = Window(window, 0 if causal else window)
+        self.qk_proj = nn.Linear(dim, dim if causal else 2 * dim, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.position = position
+        members = ("nearest" if causal else "balanced") if members is None else members
+        self.route = (
+            KMeansRoute(
+                heads - local, dim // heads, centroids, width=width, members=members, decay=decay, beta=beta,
+                within=Causal() if causal else None, generator=generator,
+            )
+            if local < heads
+            else None
+        )  # fmt: skip
+        self.aux: dict[str, Tensor] = {}
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length {self.dim}"],
+        *,
+        context: Any = None,
+        pattern: Pattern | None = None,
+        state: Any = None,
+    ) -> Float[Tensor, "batch length {self.dim}"]:
+        """Attend. ``pattern``, alike for all heads, is met with the layer's own; context and state are refused."""
+        refuse(self, context=context, state=state)
+        if pattern is not None and pattern.heads is not None:
+            raise ValueError(f"pattern must be alike for all heads here, got one that tells {pattern.heads} apart")
+        own = both(pattern, Causal() if self.causal else None)
+        met = self.qk_proj(x)
+        q, v = self._split(met[..., : self.dim]), self._split(self.v_proj(x))
+        k = self._split(met[..., self.dim :]) if met.shape[-1] > self.dim else q
+        decided = None
+        if self.route is not None:
+            free_q, free_k = q[:, self.local :], k[:, self.local :]
+            decided = self.route(free_q, free_k, within=own, q_start=0)
+            if self.training:
+                self.aux["routing"] = self.route.aux_loss(free_q, free_k)
+                self.route.update(free_q, free_k)
+        if self.position is not None:
+            at = torch.arange(x.shape[1], device=x.device)
+            q, k = self.position.rotate(q, k, at, at)
+        shares = ((slice(0, self.local), both(own, self.window)), (slice(self.local, None), decided))
+        parts = [
+            cast(Tensor, attend(q[:, heads], k[:, heads], v[:, heads], under, q_start=0))
+            for heads, under in shares
+            if q[:, heads].shape[1]
+        ]
+        return self.o_proj(torch.cat(parts, 1).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
