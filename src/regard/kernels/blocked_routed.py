@@ -16,7 +16,7 @@ from regard.kernels.routed_tiles import Tiles, make_tiles
 from regard.patterns import listed
 from regard.patterns.decided import Routed
 
-__all__ = ["in_slots", "serves"]
+__all__ = ["in_slots", "into_slots", "serves"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tiles], tuple[Tensor, Tensor | None]]
 
@@ -35,9 +35,9 @@ def in_slots(routed: Routed, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) ->
     kv_heads = heads if heads % kv_heads else kv_heads
     tiles = make_tiles(routed, batch, heads, kv_heads)
     if routed.kv_order is not None:
-        k, v = (_into(x, routed.kv_order, kv_heads) for x in (k, v))
+        k, v = (into_slots(x, routed.kv_order, kv_heads) for x in (k, v))
     if routed.q_order is not None:
-        q = _into(q, routed.q_order, heads)
+        q = into_slots(q, routed.q_order, heads)
     out, lse = kernel(q, k, v, tiles)
     return (out, lse) if routed.q_order is None else _out_of(out, lse, routed)
 
@@ -49,7 +49,7 @@ def _rows(order: Tensor, batch: int, heads: int, length: int) -> Tensor:
     return first.view(batch, heads, *(1,) * (order.ndim - 2)) + order.clamp(min=0)
 
 
-def _into(x: Tensor, order: Tensor, heads: int) -> Tensor:
+def into_slots(x: Tensor, order: Tensor, heads: int) -> Tensor:
     """``[batch, heads, slots, width]`` of ``[batch, fewer heads, length, width]``; padding repeats token 0."""
     batch, own, length, width = x.shape
     rows = _rows(order.to(x.device), batch, heads, 0)
