@@ -7,7 +7,7 @@ def rotate(x, positions, inv_freq, interleaved=False):
     """x ``[rows, head_dim]``, positions ``[rows]`` or ``[rows, axes]``, inv_freq ``[pairs]`` or ``[axes, pairs]``."""
     x, out = np.array(x.tolist()), np.array(x.tolist())
     inv_freq = np.atleast_2d(np.array(inv_freq.tolist()))
-    positions = np.array(positions.tolist(), np.float64).reshape(len(x), -1)
+    positions = np.array(positions.tolist(), np.float64).reshape(len(x), len(inv_freq))
     pairs = inv_freq.shape[1]
     for row in range(len(x)):
         for p in range(pairs):
