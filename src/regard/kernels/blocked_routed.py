@@ -23,7 +23,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tiles], tuple[Tensor, Tensor | None]]
 
 def serves(pattern: object) -> TypeGuard[Routed]:
     """Whether it lists keys; one that chooses among static patterns goes the way of those."""
-    return isinstance(pattern, Routed) and pattern.index is not None
+    return isinstance(pattern, Routed) and pattern.which is None
 
 
 def in_slots(routed: Routed, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from regard.patterns import states as st
 from regard.patterns.decided import Routed
 from regard.patterns.pattern import Pattern
 
-__all__ = ["Batch", "BlockBatch", "Units", "block_batches", "sizes", "slots", "units_of"]
+__all__ = ["Batch", "BlockBatch", "Units", "block_batches", "classes", "each", "sizes", "slots", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def block_batches(routed: Routed, units: Units) -> list[Batch]:
     bq, bk = sizes(routed)
     n_rows, n_cols = routed.n_rows, routed.n_columns
     lead = (units.samples, units.decisions)
-    index = _each(routed.index, lead, 2).reshape(-1, routed.index.shape[3])
-    count = _each(routed.count, lead, 2).reshape(-1).astype(np.int64)
+    index = each(routed.index, lead).reshape(units.lists * n_rows, routed.index.shape[3])
+    count = each(routed.count, lead).reshape(-1).astype(np.int64)
     rows = np.repeat(np.arange(len(count)), count)
     cols = index[np.arange(index.shape[1]) < count[:, None]].astype(np.int64)
     q = Places.of(routed.q_order, routed.q_len, bq, routed.q_start)
@@ -189,7 +189,7 @@ def block_batches(routed: Routed, units: Units) -> list[Batch]:
     kind = np.empty(len(rows), np.int64)
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     edges = np.searchsorted(rows, np.arange(units.lists + 1) * n_rows)
-    for (within, keep), members in _classes(routed, units).items():
+    for (within, keep), members in classes(routed, units).items():
         if len(members) == units.lists:
             kind[:] = kind_of(within, rows, cols)
         else:
@@ -203,7 +203,7 @@ def block_batches(routed: Routed, units: Units) -> list[Batch]:
     return _batches(_assembled(parts, len(count)), kinds, (bq, bk), slots(routed)[1])
 
 
-def _each(x: Tensor, lead: tuple[int, int], axes: int) -> np.ndarray:
+def each(x: Tensor, lead: tuple[int, int]) -> np.ndarray:
     """``[samples, decisions, ...]`` of a table with one sample, or fewer decisions, where that is asked for."""
     x = x.cpu()
     if x.shape[1] != lead[1]:
@@ -221,7 +221,7 @@ def _orders(order: Tensor | None, lead: tuple[int, int]) -> np.ndarray:
     return (sample[:, None] * r + decision).reshape(-1)
 
 
-def _classes(routed: Routed, units: Units) -> dict[tuple[Pattern | None, Pattern | None], list[int]]:
+def classes(routed: Routed, units: Units) -> dict[tuple[Pattern | None, Pattern | None], list[int]]:
     """Lists by what holds inside them and what is kept beside them."""
     found: dict[tuple[Pattern | None, Pattern | None], list[int]] = {}
     apart = [p for p in (routed.within, routed.keep) if p is not None and (p.heads or p.samples)]

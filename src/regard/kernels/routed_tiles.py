@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernels.routed_rows import Batch, Units, block_batches, sizes, slots, units_of
+from regard.kernels.routed_spans import span_batches
 from regard.patterns.decided import Routed
 
 __all__ = ["Chunk", "Tiles", "make_tiles"]
@@ -143,4 +144,5 @@ def make_tiles(routed: Routed, batch: int, heads: int, kv_heads: int) -> Tiles:
     """The tiles of a call of so many samples and heads; kv heads as the slots have them."""
     units = units_of(routed, batch, heads, kv_heads)
     (q_slots, kv_slots), (size, _) = slots(routed), sizes(routed)
-    return Tiles(routed, units, block_batches(routed, units), routed.n_rows, size, q_slots, kv_slots)
+    batches = block_batches(routed, units) if routed.index is not None else span_batches(routed, units)
+    return Tiles(routed, units, batches, routed.n_rows, size, q_slots, kv_slots)
