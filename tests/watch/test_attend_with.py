@@ -441,7 +441,7 @@ def test_errors_name_the_layer_and_what_is_accepted():
         attend_with(model, {1: Causal(), -1: Full()})
     with pytest.raises(ValueError, match="pattern of layer 0 must be a Pattern, a Route or None, got str"):
         inspect.unwrap(attend_with)(model, {0: "window"})
-    with pytest.raises(ValueError, match="pattern must be a regard Pattern or a table"):
+    with pytest.raises(ValueError, match="pattern must be a regard Pattern, a Route or a table"):
         inspect.unwrap(attend_with)(model, "window")
     with attend_with(model, per_head([Causal()] * 3)):
         with pytest.raises(
