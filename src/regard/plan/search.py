@@ -50,6 +50,7 @@ def search(
     calls: Any = None,
     units: Any = None,
     group: int = 1,
+    gap: float | int = 0.0,
 ) -> Found:
     """The choice of one option a head with the least total error at a total cost of at most `budget`, or the reverse.
 
@@ -64,6 +65,7 @@ def search(
         calls: ``[options]`` or ``[layers, options]``, once for each option that some head of a layer has.
         units: the same shapes, once for each option that some head of a group has.
         group: consecutive heads in a group (query heads of one kv head); divides the heads.
+        gap: share of what is minimised by which the choice may be worse than the bound; 0: the optimum is looked for.
 
     Raises:
         ValueError: for shapes that do not fit, NaN, negative costs, a head without an option, and a budget that no
@@ -93,7 +95,7 @@ def search(
     spent = _Sum(cost.reshape(shape), called, shared)
     harm = _Sum(np.where(offered, error, 0).reshape(shape), np.zeros_like(called), np.zeros_like(shared))
     goal, limit = (harm, spent) if on == "cost" else (spent, harm)
-    problem = _Problem(goal, limit, offered.reshape(shape), budget)
+    problem = _Problem(goal, limit, offered.reshape(shape), budget, float(gap))
     which, bound, price, optimal = problem.solve(on)
     return Found(which.reshape(layers, heads), harm.of(which), spent.of(which), bound, optimal, price)
 
@@ -134,6 +136,7 @@ class _Problem:
     limit: _Sum
     offered: np.ndarray
     budget: float
+    gap: float
 
     def solve(self, on: str) -> tuple[np.ndarray, float, float, bool]:
         """``(which, bound, price, optimal)``."""
@@ -162,7 +165,7 @@ class _Problem:
             else:
                 free = which
         best = min((tight, self._between(free, tight)), key=lambda w: self._rank(w))
-        if not all_exact:
+        if not all_exact or self.goal.of(best) <= bound * (1 + self.gap) - 1e-300:
             return best, min(bound, self.goal.of(best)), price, False
         better, whole = self._close(best, price, bound)
         return better, min(bound, self.goal.of(better)) if not whole else self.goal.of(better), price, whole

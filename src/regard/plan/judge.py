@@ -1,0 +1,159 @@
+"""What a changed output costs: nats a token for language models, relative error for others, or a loss of the user's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.watch.probe import first_tensor
+
+__all__ = ["Judge", "LossOf", "OutputError", "TokenLoss", "judge_of"]
+
+
+class Judge(ABC):
+    """Compares a changed run with the dense one of the same inputs; `unit` is that of its figures."""
+
+    unit: str
+    dropped: tuple[str, ...] = ()
+    """Inputs that are the judge's and not the model's."""
+
+    @abstractmethod
+    def keep(self, output: Any, inputs: Mapping[str, Any]) -> Any:
+        """What it must know of the dense run."""
+
+    @abstractmethod
+    def harm(self, kept: Any, output: Any, inputs: Mapping[str, Any]) -> float:
+        """How much worse the changed run is: 0 where nothing is, at most the budget where a plan passes."""
+
+    def value(self, kept: Any) -> float | None:
+        """The dense run's own loss; None where there is none."""
+        return None
+
+    def counted(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Bool ``[batch, length]``, the queries whose outputs are judged; None: all."""
+        return None
+
+
+@dataclass(frozen=True)
+class TokenLoss(Judge):
+    """Mean increase of ``-log p(token | those before)`` in nats, over ``inputs["labels"]`` where given, else all.
+
+    Labels below 0 do not count, nor does padding. ``exp`` of it is the ratio of the perplexities. The model is not
+    given the labels.
+    """
+
+    unit: str = "nats a token"
+    dropped: tuple[str, ...] = ("labels",)
+
+    def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
+        ids = inputs["input_ids"]
+        labels = inputs.get("labels")
+        labels = ids if labels is None else labels
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            real = mask.bool()
+            before = torch.cat([real[:, :1] & False, real[:, :-1]], 1)
+            labels = labels.masked_fill(~(real & before), -100)
+        return labels[:, 1:]
+
+    def keep(self, output: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Loss of each token, and which count."""
+        logits, labels = _logits(output), self._labels(inputs)
+        nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels.clamp(min=0), reduction="none")
+        counts = labels >= 0
+        if not bool(counts.any()):
+            raise ValueError("labels: no token counts, so no loss is measured; give labels >= 0 for some")
+        return nll, counts
+
+    def harm(self, kept: tuple[Tensor, Tensor], output: Any, inputs: Mapping[str, Any]) -> float:
+        """Nats a token."""
+        now, counts = self.keep(output, inputs)
+        return float((now - kept[0])[counts].double().mean())
+
+    def value(self, kept: tuple[Tensor, Tensor]) -> float:
+        """Nats a token of the dense run."""
+        return float(kept[0][kept[1]].double().mean())
+
+    def counted(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Queries that predict a token that counts, where labels say so."""
+        if inputs.get("labels") is None:
+            return None
+        counts = self._labels(inputs) >= 0
+        return F.pad(counts, (0, 1))
+
+
+@dataclass(frozen=True)
+class OutputError(Judge):
+    """``|y - y_dense|^2 / |y_dense|^2`` of the model's first output tensor."""
+
+    unit: str = "squared relative error of the output"
+
+    def keep(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """The output."""
+        y = first_tensor((output,))
+        if y is None:
+            raise ValueError("the model's output holds no floating tensor to compare; give judge=, a loss of your own")
+        return y
+
+    def harm(self, kept: Tensor, output: Any, inputs: Mapping[str, Any]) -> float:
+        """A share of the output's energy."""
+        y = self.keep(output, inputs)
+        return float((y - kept).double().square().sum() / kept.double().square().sum())
+
+
+@dataclass(frozen=True)
+class LossOf(Judge):
+    """``loss(output, inputs) -> number``, less that of the dense run."""
+
+    loss: Callable[[Any, Mapping[str, Any]], Any]
+    unit: str = "of the loss given"
+
+    def keep(self, output: Any, inputs: Mapping[str, Any]) -> float:
+        """The dense run's loss."""
+        return float(self.loss(output, inputs))
+
+    def harm(self, kept: float, output: Any, inputs: Mapping[str, Any]) -> float:
+        """The increase."""
+        return float(self.loss(output, inputs)) - kept
+
+    def value(self, kept: float) -> float:
+        """The dense run's loss."""
+        return kept
+
+
+def judge_of(given: Any, model: Any, inputs: Mapping[str, Any]) -> Judge:
+    """The judge given, or by what the model is: one that predicts the next token, or another.
+
+    Raises:
+        ValueError: for what is neither a `Judge` nor callable.
+    """
+    if isinstance(given, Judge):
+        return given
+    if given is not None:
+        if not callable(given):
+            raise ValueError(
+                f"judge must be a Judge or a callable loss(output, inputs) -> number, got {type(given).__name__}"
+            )
+        return LossOf(given)
+    config = getattr(model, "config", None)
+    named = str(getattr(config, "architectures", None) or type(model).__name__)
+    speaks = "ForCausalLM" in named or "LMHead" in named or "ForCausalLM" in type(model).__name__
+    if speaks and isinstance(inputs.get("input_ids"), Tensor):
+        return TokenLoss()
+    return OutputError()
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", None)
+    logits = found if isinstance(found, Tensor) else first_tensor((output,))
+    if logits is None or logits.ndim != 3:
+        raise ValueError(
+            "the model's output has no logits [batch, length, vocabulary]; give judge=, a loss of your own"
+        )
+    return logits
