@@ -16,7 +16,7 @@ from regard.kernels.routed_tiles import Tiles, make_tiles
 from regard.patterns import listed
 from regard.patterns.decided import Routed
 
-__all__ = ["in_slots", "into_slots", "serves"]
+__all__ = ["in_slots", "into_slots", "out_of_slots", "serves", "slot_heads"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tiles], tuple[Tensor, Tensor | None]]
 
@@ -31,15 +31,20 @@ def in_slots(routed: Routed, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) ->
     batch, heads = q.shape[:2]
     if not routed.ordered:
         return kernel(q, k, v, make_tiles(routed, batch, heads, k.shape[1]))
-    kv_heads = k.shape[1] if routed.kv_order is None else lcm(k.shape[1], routed.kv_order.shape[1])
-    kv_heads = heads if heads % kv_heads else kv_heads
+    kv_heads = slot_heads(routed, heads, k.shape[1])
     tiles = make_tiles(routed, batch, heads, kv_heads)
     if routed.kv_order is not None:
         k, v = (into_slots(x, routed.kv_order, kv_heads) for x in (k, v))
     if routed.q_order is not None:
         q = into_slots(q, routed.q_order, heads)
     out, lse = kernel(q, k, v, tiles)
-    return (out, lse) if routed.q_order is None else _out_of(out, lse, routed)
+    return (out, lse) if routed.q_order is None else out_of_slots(out, lse, routed)
+
+
+def slot_heads(routed: Routed, heads: int, kv_heads: int) -> int:
+    """Heads that the keys have in slots: more than they have as tokens where orders differ within a group."""
+    many = kv_heads if routed.kv_order is None else lcm(kv_heads, routed.kv_order.shape[1])
+    return heads if heads % many else many
 
 
 def _rows(order: Tensor, batch: int, heads: int, length: int) -> Tensor:
@@ -57,7 +62,7 @@ def into_slots(x: Tensor, order: Tensor, heads: int) -> Tensor:
     return x.reshape(-1, width).index_select(0, (head + rows).flatten()).view(batch, heads, -1, width)
 
 
-def _out_of(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tensor, Tensor | None]:
+def out_of_slots(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tensor, Tensor | None]:
     """The tokens' outputs from their slots'; several slots of a token are merged or averaged as `repeats` says."""
     assert routed.q_order is not None
     batch, heads, slots, width = out.shape

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regard.kernels.blocked_routed import into_slots, out_of_slots, slot_heads
 from regard.kernels.partial import partial_tiles
-from regard.kernels.request import Request
+from regard.kernels.request import Request, make_request
+from regard.patterns.decided import Routed
 from regard.patterns.grid import Grid
 from regard.patterns.layout import BlockLayout
 from regard.patterns.order import TileOrder
@@ -38,6 +40,8 @@ def refuses(request: Request) -> str | None:
         return f"FlexAttention has the softmax alone, not {r.normalize}"
     if r.q.dtype not in _CPU_DTYPES:
         return f"FlexAttention computes in float32, bfloat16 and float16, not {r.q.dtype}"
+    if isinstance(r.pattern, Routed) and (why := _refuses_route(r.pattern, r)) is not None:
+        return why
     if r.layout is not None and r.layout.block != (BLOCK, BLOCK):
         return f"FlexAttention takes layouts in blocks of {BLOCK}, not {r.layout.block}; leave layout= out"
     if r.q.device.type == "cpu":
@@ -53,9 +57,23 @@ def refuses(request: Request) -> str | None:
     return None
 
 
+def _refuses_route(routed: Routed, r: Request) -> str | None:
+    if routed.which is None and any(size % BLOCK for size in routed.block):
+        return (
+            f"blocks of {routed.block} are no multiples of FlexAttention's tile of {BLOCK}; blocked gathers their keys"
+        )
+    if routed.repeats == "mean":
+        return "it has one softmax a query, and this route averages those of several groups"
+    if routed.ordered and r.bias is not None:
+        return "a bias is of tokens, and this route runs in slots"
+    return None
+
+
 def _refuses_on_cpu(r: Request) -> str | None:
     if r.needs_grad:
         return "FlexAttention has no backward pass on a CPU"
+    if isinstance(r.pattern, Routed) and r.pattern.repeats == "merge":
+        return "FlexAttention gives no lse on a CPU, by which groups are merged"
     if r.need_lse:
         return "FlexAttention gives no lse on a CPU" + (", which a sink needs" if r.sink is not None else "")
     compiler = os.environ.get("CXX", "g++")
@@ -78,6 +96,8 @@ class _Prepared(NamedTuple):
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` by FlexAttention."""
     r = request
+    if isinstance(r.pattern, Routed) and r.pattern.ordered:
+        return _run_in_slots(r, r.pattern)
     made = _prepared(r)
     q, k, v = r.q, r.k, r.v
     if made.q_order is not None and made.kv_order is not None:
@@ -103,10 +123,27 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+def _run_in_slots(r: Request, routed: Routed) -> tuple[Tensor, Tensor | None]:
+    """Tokens put into the route's order and back; outputs of a query in several groups are merged by their lse."""
+    q = r.q if routed.q_order is None else into_slots(r.q, routed.q_order, r.heads)
+    k, v = r.k, r.v
+    if routed.kv_order is not None:
+        k, v = (into_slots(x, routed.kv_order, slot_heads(routed, r.heads, r.kv_heads)) for x in (k, v))
+    need_lse = r.need_lse or routed.repeats == "merge"
+    inside = make_request(q, k, v, routed.slots(), q_start=0, scale=r.scale, softcap=r.softcap, return_lse=need_lse)
+    out, lse = run(inside)
+    return (out, lse) if routed.q_order is None else out_of_slots(out, lse, routed)
+
+
 def describe(request: Request) -> dict[str, Any]:
     """The blocks it would run on; every pair of a listed block is computed, and k and v read for each."""
     r = request
-    layout, grid = _layout(r)
+    order = "memory order"
+    if isinstance(r.pattern, Routed) and r.pattern.ordered:
+        slots, grid, order = r.pattern.slots(), None, "slots of the route"
+        layout = slots.layout(slots.q_len, slots.kv_len, BLOCK, 0)
+    else:
+        layout, grid = _layout(r)
     repeats = r.batch // layout.samples * (r.heads // layout.heads)
     i, j = layout.rows % max(layout.n_q_blocks, 1), layout.indices.long()
     rows = (layout.q_len - i * BLOCK).clamp(max=BLOCK)
@@ -115,7 +152,7 @@ def describe(request: Request) -> dict[str, Any]:
     width = r.head_dim + r.v_dim
     return {
         "kernel": "FlexAttention",
-        "order": "memory order" if grid is None else f"tiles of {'x'.join(map(str, grid.q_order.tile))}",
+        "order": order if grid is None else f"tiles of {'x'.join(map(str, grid.q_order.tile))}",
         "block": [layout.block],
         "blocks": layout.n_blocks * repeats,
         "full": int(layout.full.sum()) * repeats,

@@ -15,6 +15,7 @@ from regard.patterns.layout import BlockLayout, block_size
 from regard.patterns.pattern import Pattern, resolve_q_start
 from regard.patterns.routed_layout import Table
 from regard.patterns.routed_make import Makers, Repeats
+from regard.patterns.slots import in_slots, refined
 
 __all__ = ["Routed", "both"]
 
@@ -245,16 +246,22 @@ class Routed(Makers, Pattern):
     # Blocks
 
     def layout(self, q_len: int, kv_len: int, block: int | tuple[int, int], q_start: int | None = None) -> BlockLayout:
-        """As `Pattern.layout`; at its own block, and at multiples of it, from the table of what is listed."""
+        """As `Pattern.layout`; where blocks divide its own or the reverse, from the table of what is listed."""
         from regard.patterns.routed_layout import own_layout
 
         start, sizes = resolve_q_start(q_len, kv_len, q_start), block_size(block)
         self.fits(q_len, kv_len, start)
-        if self.index is None or self.ordered or any(x % y for x, y in zip(sizes, self.block, strict=True)):
+        ratios = list(zip(sizes, self.block, strict=True))
+        if self.index is None or self.ordered or any(x % y and y % x for x, y in ratios):
             return super().layout(q_len, kv_len, sizes, start)
-        own = own_layout(self)
-        factor = (sizes[0] // self.block[0], sizes[1] // self.block[1])
+        finer = (min(ratios[0]), min(ratios[1]))
+        own = own_layout(self if finer == self.block else refined(self, finer))
+        factor = (sizes[0] // finer[0], sizes[1] // finer[1])
         return own if factor == (1, 1) else own.coarsen(factor)
+
+    def slots(self) -> Routed:
+        """The same decision over slots in place of tokens; itself without orders. See `slots.in_slots`."""
+        return in_slots(self)
 
     def table(self) -> Table:
         """What each row of each head of each sample meets at its own block, `within` and `keep` counted in: padded
