@@ -1,0 +1,257 @@
+"""Plans of video transformers as Sparse-vDiT makes them: what each shape loses in each head, and the choice.
+
+`record_shapes` runs the model on calibration inputs, `plan_shapes` chooses, `planned` gives the `Plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from regard.kernels.attend import attend
+from regard.kernels.fused import column_mass
+from regard.patterns import Columns, Full, Pattern
+from regard.plan.apply import inputs_of, label_of, refuse_call
+from regard.plan.cost import Shape, shape_of
+from regard.plan.groups import Inputs
+from regard.plan.identity import identity
+from regard.plan.options import DENSE, NOTHING, Option
+from regard.plan.plan import Plan
+from regard.plan.record import projections
+from regard.plan.search import search
+from regard.plan.shapes import kind_of_shape, offered, video_options
+from regard.watch.anatomy import Anatomy
+from regard.watch.anatomy import anatomy as find_anatomy
+from regard.watch.call import Call
+from regard.watch.probe import quiet, run
+from regard.watch.seam import Seam
+
+__all__ = ["ShapeErrors", "plan_shapes", "planned", "record_shapes"]
+
+
+@dataclass(eq=False)
+class ShapeErrors:
+    """What each option loses in each head of a model, over calibration inputs.
+
+    ``errors[l, h, m] = sum |W_o (O_full - O_m)|^2 / sum |W_o O_full|^2`` over samples, steps and queries; a head whose
+    output is nothing loses nothing. ``mass`` is the mean mass that the option keeps, from two log-sum-exps.
+    """
+
+    options: list[str]
+    layers: list[str]
+    patterns: dict[str, dict[str, Pattern]]
+    """By layer and option: the pattern, of all heads alike or one a head."""
+    shapes: dict[str, Shape]
+    errors: np.ndarray
+    mass: np.ndarray
+    density: np.ndarray
+    """Pairs of each option over all pairs, ``[options]``: what it costs."""
+    received: dict[str, Tensor]
+    """By layer: the mass that each key received, ``[heads, length]``."""
+    projected: bool
+    """Whether every layer's output projection was found; else errors are those of the heads' own outputs."""
+
+
+def record_shapes(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    shape: Sequence[int],
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    anatomy: Anatomy | None = None,
+) -> ShapeErrors:
+    """The error of every option of `video_options` in every self-attention head.
+
+    Two dense runs of each calibration input: the first finds the keys that receive most, the second tries the options.
+
+    Args:
+        model: any model that the seam sees; run without gradients and in evaluation mode.
+        inputs: of several prompts and steps, with both guidance branches: dicts, tuples or tensors for ``model``.
+        shape, prefix, suffix: tokens of the video and of the text around it, see `video_options`.
+        anatomy: the model's parts, where its output projections cannot be found.
+
+    Raises:
+        ValueError: for no inputs, a layer that attends over another number of tokens, and calls without positions.
+    """
+    if not inputs:
+        raise ValueError("inputs must be at least one calibration input, got none")
+    length = prefix + prod(shape) + suffix
+    with quiet(model):
+        parts = anatomy
+        if parts is None:
+            parts = find_anatomy(model, inputs[0])
+        received = _Received(length)
+        tried = _Tried(shape, prefix, suffix, received, projections(model, parts))
+        for handler in (received, tried):
+            for given in inputs:
+                with Seam(model, handler, edits=True):
+                    run(model, given)
+    return tried.found()
+
+
+@dataclass(eq=False)
+class _Received:
+    """A handler: the mass that each key receives, ``[heads, length]`` a layer."""
+
+    length: int
+
+    def __post_init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def __call__(self, call: Call) -> Tensor | None:
+        if call.kind != "self":
+            return None
+        name = label_of(call)
+        try:
+            refuse_call(call)
+            if call.k.shape[2] != self.length or call.q.shape[2] != self.length:
+                raise ValueError(f"attends over {call.k.shape[2]} tokens, shape, prefix and suffix say {self.length}")
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        ones = torch.ones(1, self.length, 1, device=call.q.device)
+        mass = column_mass(call.q, call.k, ones, mask=call.mask, is_causal=call.is_causal, scale=call.scale)
+        mass = mass[:, :, 0].sum(0)
+        self.sums[name] = self.sums[name] + mass if name in self.sums else mass
+        return None
+
+
+class _Tried:
+    """A handler: every option beside the dense output."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        prefix: int,
+        suffix: int,
+        received: _Received,
+        projections: dict[str, tuple[str, Tensor]],
+    ) -> None:
+        self.shape, self.prefix, self.suffix = shape, prefix, suffix
+        self.received, self.projections = received, projections
+        self.patterns: dict[str, dict[str, Pattern]] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.lost: dict[str, Tensor] = {}  # [heads, options]
+        self.size: dict[str, Tensor] = {}  # [heads]
+        self.mass: dict[str, list[Tensor]] = {}
+
+    def __call__(self, call: Call) -> Tensor | None:
+        if call.kind != "self":
+            return None
+        name, inputs = label_of(call), inputs_of(call)
+        if name not in self.patterns:
+            self.patterns[name] = video_options(
+                self.shape, self.received.sums[name], prefix=self.prefix, suffix=self.suffix
+            )
+            self.shapes[name] = shape_of(inputs)
+        full, lse = _attended(inputs, Full())
+        gram = self._gram(name, inputs)
+        lost, mass = [], []
+        for pattern in self.patterns[name].values():
+            if pattern == Full():
+                lost.append(torch.zeros(full.shape[1], dtype=torch.float64))
+                mass.append(torch.ones(full.shape[1], dtype=torch.float64))
+                continue
+            out, part = _attended(inputs, pattern)
+            lost.append(_energy(full - out, gram))
+            mass.append((part - lse).exp().double().mean((0, 2)).cpu())
+        for sums, new in ((self.lost, torch.stack(lost, 1)), (self.size, _energy(full, gram))):
+            sums[name] = sums[name] + new if name in sums else new
+        self.mass.setdefault(name, []).append(torch.stack(mass, 1))
+        return full.to(call.result_dtype)
+
+    def _gram(self, name: str, inputs: Inputs) -> Tensor | None:
+        """``W_h W_h^T`` of each head's part of the output projection, float32 ``[heads, v_dim, v_dim]``."""
+        heads, v_dim = inputs.q.shape[1], inputs.v.shape[3]
+        found = self.projections.get(name.split("#")[0])
+        if found is None or found[1].shape[1] != heads * v_dim:
+            return None
+        blocks = found[1].detach().float().view(-1, heads, v_dim).permute(1, 2, 0)
+        return blocks @ blocks.transpose(1, 2)
+
+    def found(self) -> ShapeErrors:
+        """The sums, divided."""
+        layers = list(self.patterns)
+        if not layers:
+            raise ValueError("model made no self-attention call that the seam saw")
+        first = self.patterns[layers[0]]
+        length = self.prefix + prod(self.shape) + self.suffix
+        heads = {self.lost[name].shape[0] for name in layers}
+        if len(heads) > 1:
+            raise ValueError(f"layers must have as many heads as one another, got {sorted(heads)}")
+        errors = [
+            torch.where(self.size[n][:, None] > 0, self.lost[n] / self.size[n].clamp(min=1e-300)[:, None], 0)
+            for n in layers
+        ]
+        return ShapeErrors(
+            options=list(first),
+            layers=layers,
+            patterns=self.patterns,
+            shapes=self.shapes,
+            errors=torch.stack(errors).numpy(),
+            mass=torch.stack([torch.stack(self.mass[n]).mean(0) for n in layers]).numpy(),
+            density=np.array([p.density(length, length, 0) for p in first.values()]),
+            received=self.received.sums,
+            projected=all(n.split("#")[0] in self.projections for n in layers),
+        )
+
+
+def _attended(inputs: Inputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    how: dict[str, Any] = {"q_start": inputs.q_start, "bias": inputs.bias, "scale": inputs.scale, "return_lse": True}
+    out, lse = attend(q, k, v, inputs.place(pattern), **how)
+    return out, lse
+
+
+def _energy(x: Tensor, gram: Tensor | None) -> Tensor:
+    """``sum |x W_h|^2`` of each head, float64 ``[heads]``."""
+    x = x.float()
+    y = x if gram is None else x @ gram
+    return (x * y).double().sum((0, 2, 3)).clamp(min=0).cpu()
+
+
+def plan_shapes(found: ShapeErrors, budget: float | int, *, eps: float | int = 0.1) -> np.ndarray:
+    """The option of each head ``[layers, heads]`` with the least summed error at ``budget`` of the dense operations.
+
+    Options whose error is above eps are not on offer, but "full"; see `offered`.
+
+    Raises:
+        ValueError: for a budget that no choice meets, with the least that one does.
+    """
+    layers, heads, _ = found.errors.shape
+    return search(offered(found.errors, found.options, eps), found.density, budget * layers * heads).which
+
+
+def planned(model: nn.Module, found: ShapeErrors, which: Any) -> Plan:
+    """A choice ``[layers, heads]`` of `found`'s options as a `Plan`, to apply, save and load."""
+    known: dict[Any, Option] = {Full(): DENSE, Columns(()): NOTHING}
+    layers: dict[str, tuple[Option, ...]] = {}
+    heads = []
+    for n, name in enumerate(found.layers):
+        given = []
+        for head, m in enumerate(np.asarray(which)[n].tolist()):
+            option, of = found.options[m], found.patterns[name]
+            pattern = of[option].of(head)
+            if pattern not in known:
+                own = f" of {name}, head {head}" if of[option].heads else ""
+                known[pattern] = Option(f"{option}{own}", pattern)
+            given.append(known[pattern])
+            heads.append(
+                {
+                    "layer": name,
+                    "head": head,
+                    "role": kind_of_shape(option),
+                    "given": known[pattern].name,
+                    "why": f"error {found.errors[n, head, m]:.3g} at {found.density[m]:.3g} of the operations",
+                    "error": float(found.errors[n, head, m]),
+                    "mass": float(found.mass[n, head, m]),
+                }
+            )
+        layers[name] = tuple(given)
+    return Plan(layers=layers, shapes=dict(found.shapes), model=identity(model, found.layers), heads=heads)

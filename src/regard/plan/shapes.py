@@ -1,0 +1,122 @@
+"""Shapes of the heads of video transformers (Sparse-vDiT, arXiv 2506.03065).
+
+Tokens are in the order (frame, row, column), n a frame, maybe with text before or behind, which joins every shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from regard.patterns import Columns, Diagonals, Full, Pattern, PerHead, Queries, Window
+
+__all__ = ["SHAPES", "kind_of_shape", "offered", "one_for_all", "stripes", "video_options"]
+
+SHAPES = ("full", "diagonal", "multi-diagonal", "stripe", "skip")
+WIDTHS = (32, 16, 8)  # parts of the length, or of a frame, that a diagonal reaches to either side
+
+
+def video_options(
+    shape: Sequence[int], received: Float[Tensor, "heads length"] | None = None, *, prefix: int = 0, suffix: int = 0
+) -> dict[str, Pattern]:
+    """The options of a head by name: "full", "diagonal/32" and on (``|i - j| <= L / 32``), "multi-diagonal/32" and on
+    (``|i - j - m n| <= n / 32`` for some m, n tokens a frame), "stripe" (see `stripes`), "skip" (no key: output 0).
+
+    Args:
+        shape: ``(frames, rows, columns)`` of tokens, ``L = prod(shape)``.
+        received: mass that each key receives, text included; None: no stripes are offered.
+        prefix, suffix: tokens of text before and behind the video: every query sees them, and they see every key, but
+            under "skip".
+    """
+    length, n = prod(shape), prod(shape[1:])
+    joined = _Text(prefix, length, suffix)
+    options: dict[str, Pattern] = {"full": Full()}
+    for part in WIDTHS:
+        options[f"diagonal/{part}"] = joined(Window(length // part, length // part))
+    for part in WIDTHS:
+        options[f"multi-diagonal/{part}"] = joined(Diagonals(n, min(n // part, (n - 1) // 2), causal=False))
+    if received is not None:
+        options["stripe"] = joined.stripes(received, max(1, length // 16))
+    options["skip"] = Columns(())
+    return options
+
+
+def one_for_all(
+    shape: Sequence[int],
+    least: float | int,
+    received: Float[Tensor, "heads length"] | None = None,
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+) -> dict[str, Pattern]:
+    """Of each sparse shape the narrowest pattern of at least this density, for all heads: what a plan has to beat.
+
+    Stripes are those of each head's own columns. Arguments as in `video_options`.
+    """
+    length, n = prod(shape), prod(shape[1:])
+    joined = _Text(prefix, length, suffix)
+
+    def narrowest(family: Callable[[int], Pattern], low: int, high: int) -> Pattern:
+        while low < high:  # wider is denser
+            middle = (low + high) // 2
+            enough = joined.density(family(middle)) >= least
+            low, high = (low, middle) if enough else (middle + 1, high)
+        return family(low)
+
+    found = {
+        "diagonal": narrowest(lambda w: joined(Window(w, w)), 0, length),
+        "multi-diagonal": narrowest(lambda w: joined(Diagonals(n, w, causal=False)), 0, (n + 1) // 2),
+    }
+    if received is not None:
+        found["stripe"] = narrowest(lambda count: joined.stripes(received, count), 1, length)
+    return found
+
+
+class _Text:
+    """Joins the text around a video to a pattern of all tokens."""
+
+    def __init__(self, prefix: int, length: int, suffix: int) -> None:
+        self.prefix, self.end, self.whole = prefix, prefix + length, prefix + length + suffix
+        self.text = tuple((a, b) for a, b in ((0, prefix), (self.end, self.whole)) if a < b)
+
+    def __call__(self, pattern: Pattern) -> Pattern:
+        return pattern | Columns(self.text) | Queries(self.text) if self.text else pattern
+
+    def density(self, pattern: Pattern) -> float:
+        return pattern.density(self.whole, self.whole, 0)
+
+    def stripes(self, received: Tensor, count: int) -> Pattern:
+        if received.shape[1] != self.whole:
+            raise ValueError(f"received must be [heads, {self.whole}], text included, got {list(received.shape)}")
+        video = received.clone()
+        video[:, : self.prefix] = video[:, self.end :] = -1  # text is seen anyway
+        return PerHead(tuple(self(p) for p in stripes(video, count).patterns))
+
+
+def stripes(received: Float[Tensor, "heads length"], count: int) -> PerHead:
+    """For each head the `count` keys that receive the most mass, for every query; ties go to the lower index."""
+    best = received.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+    return PerHead(tuple(Columns(tuple((j, j + 1) for j in row)) for row in best.tolist()))
+
+
+def kind_of_shape(option: str) -> str:
+    """The shape of an option of `video_options`: its name without the width."""
+    return option.split("/")[0]
+
+
+def offered(errors: Any, options: Sequence[str], eps: float) -> np.ndarray:
+    """Errors ``[..., options]`` with every option above eps taken off offer (infinite), but "full".
+
+    So a head stays full where no shape comes below eps, as in the paper; what is left goes to `search`.
+    """
+    found = np.array(errors, dtype=float)
+    if found.shape[-1] != len(options) or "full" not in options:
+        raise ValueError(f'options must be the {found.shape[-1]} of errors, "full" among them, got {list(options)}')
+    sparse = np.array([name != "full" for name in options])
+    found[(found > eps) & sparse] = np.inf
+    return found
