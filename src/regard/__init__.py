@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from regard.kernels.attend import attend as attend
     from regard.kernels.explain import explain as explain
     from regard.measures.roles import roles as roles
+    from regard.plan.build import plan as plan
+    from regard.plan.plan import Plan as Plan
+    from regard.plan.plan import load_plan as load_plan
     from regard.report.build import report as report
     from regard.studies.protocol import study as study
     from regard.tasks.testbeds import load as load
@@ -41,9 +44,11 @@ _HOME = {
     "Edit": "regard.watch.intervene:Edit",
     "scan": "regard.watch.intervene:scan",
     "anatomy": "regard.watch.anatomy:anatomy",
+    "Plan": "regard.plan.plan:Plan",
+    "load_plan": "regard.plan.plan:load_plan",
     "study": "regard.studies.protocol:study",
 }
-_PACKAGES = ("watch", "report", "steer")  # callable, and folders of modules too
+_PACKAGES = ("watch", "report", "steer", "plan")  # callable, and folders of modules too
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 

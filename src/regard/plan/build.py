@@ -265,7 +265,7 @@ class _Problem:
         }
         made = Plan(
             layers, {r.name: r.shape for r in self.layers}, identity(model, [r.name for r in self.layers]),
-            costs=self.costs,
+            causal={r.name: r.evidence.causal for r in self.layers}, costs=self.costs,
         )  # fmt: skip
         kept = []
         for r in self.layers:

@@ -80,6 +80,12 @@ class TokenLoss(Judge):
         """Nats a token of the dense run."""
         return float(kept[0][kept[1]].double().mean())
 
+    def score(self, output: Any, inputs: Mapping[str, Any]) -> float:
+        """Share of sequences whose counted tokens are all the first choice, given the true ones before them."""
+        labels = self._labels(inputs)
+        right = _logits(output)[:, :-1].argmax(-1) == labels
+        return float((right | (labels < 0)).all(-1).double().mean())
+
     def counted(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Queries that predict a token that counts, where labels say so."""
         if inputs.get("labels") is None:

@@ -34,6 +34,7 @@ class Plan:
             Heads with the very same `Option` run together.
         shapes: by layer: what it was planned on, ``(batch, heads, kv_heads, q_len, kv_len, head_dim, v_dim)``.
         model: whose plan it is, see `regard.plan.identity`.
+        causal: by layer: whether no query may see a later key.
         heads: of each head a record: layer, head, role, given, why, its error, mass and seconds, and those of every
             candidate considered.
         costs: the seconds that the search went by.
@@ -45,6 +46,7 @@ class Plan:
     layers: dict[str, tuple[Option, ...]]
     shapes: dict[str, Shape]
     model: dict[str, Any]
+    causal: dict[str, bool] = field(default_factory=dict)
     heads: list[dict[str, Any]] = field(default_factory=list)
     costs: CostModel = field(default_factory=CostModel)
     predicted: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +160,7 @@ class Plan:
             "options": [option_to_plain(o, tensors) for o in options],
             "layers": {name: [number[id(o)] for o in given] for name, given in self.layers.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "causal": self.causal,
             "heads": self.heads,
             "costs": self.costs.to_plain(),
             "predicted": self.predicted,
@@ -199,6 +202,7 @@ class Plan:
                 layers=layers,
                 shapes={name: _shape(x) for name, x in whole["shapes"].items()},
                 model=whole["model"],
+                causal=whole["causal"],
                 heads=whole["heads"],
                 costs=CostModel.from_plain(whole["costs"]),
                 predicted=whole["predicted"],
