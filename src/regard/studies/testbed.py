@@ -11,19 +11,23 @@ from jaxtyping import Int
 from torch import Tensor
 
 from regard.tasks.gates import dense
-from regard.tasks.testbeds import DECODER, Loaded
+from regard.tasks.testbeds import PREFIX, TESTBEDS, Loaded
 
 
 def below_gate(loaded: Loaded, *gates: str) -> str:
-    """Which of the gates a testbed misses, as a reason not to measure; empty for none and for models without gates."""
-    folder = DECODER if loaded.name.startswith("testbed:") else Path(loaded.name)
+    """Which of the gates a testbed misses, as a reason not to measure; empty for none and for models without gates.
+
+    No gate named: all that it was trained with.
+    """
+    testbed = loaded.name.startswith(PREFIX)
+    folder = TESTBEDS[loaded.name.removeprefix(PREFIX)] if testbed else Path(loaded.name)
     record = folder / "training.json"
     if not record.is_file():
         return ""
     measured = json.loads(record.read_text())["gates"]
     missed = [
         f"{gate} {measured['values'][gate]:.3g} < {measured['thresholds'][gate]:g}"
-        for gate in gates
+        for gate in gates or measured["thresholds"]
         if measured["values"][gate] < measured["thresholds"][gate]
     ]
     return f"testbed below its gate: {', '.join(missed)}" if missed else ""
