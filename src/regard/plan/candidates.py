@@ -20,7 +20,7 @@ STRIPES = (4, 16)
 
 def window_widths(length: int) -> list[int]:
     """Widths of windows worth trying: about 1/128, 1/32 and 1/8 of the keys, at least 32."""
-    widths = {max(32, 1 << max(0, round(length / part)).bit_length() - 1) for part in (128, 32, 8)}
+    widths = {max(32, 1 << max(0, round(length / part).bit_length() - 1)) for part in (128, 32, 8)}
     return sorted(w for w in widths if w < length // 2) or [max(1, length // 4)]
 
 
