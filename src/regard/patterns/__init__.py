@@ -8,6 +8,7 @@ from regard.patterns.coverage import centers, depth, first_gap, influence, reach
 from regard.patterns.diagonals import Diagonals, Dilated, Strided
 from regard.patterns.each import PerHead, PerSample, per_head, per_sample
 from regard.patterns.grid import Grid, Neighborhood
+from regard.patterns.hip import HiP
 from regard.patterns.hops import HopWindow
 from regard.patterns.layout import BlockLayout
 from regard.patterns.line import Line
@@ -49,6 +50,7 @@ __all__ = [
     "Full",
     "Grid",
     "GridOrder",
+    "HiP",
     "HilbertOrder",
     "HopWindow",
     "Line",
