@@ -20,6 +20,7 @@ __all__ = [
     "corrupt_uniform",
     "likelihood",
     "masked_diffusion",
+    "span_mass",
     "weights_mse",
 ]
 
@@ -163,6 +164,44 @@ def weights_mse(
             f"weights must have the shape of predicted, {list(predicted.shape)}, got {list(weights.shape)}"
         )
     return factor * (predicted - weights.detach()).square().sum() / max(len(predicted), 1)
+
+
+def span_mass(
+    scores: Float[Tensor, "batch heads q_len spans"],
+    start: Int[Tensor, "q_len spans"],
+    stop: Int[Tensor, "q_len spans"],
+    q: Float[Tensor, "batch heads q_len head_dim"],
+    k: Float[Tensor, "batch kv_heads kv_len head_dim"],
+    tile: int = 256,
+) -> Float[Tensor, ""]:
+    """A search taught where dense attention looks: cross-entropy of its softmax with the mass of each span.
+
+    ``- sum m log softmax(scores) / sum m`` over queries and spans, m being the mass that causal dense attention of q
+    and k, the queries being the last ones, gives to the span ``[start, stop)``; it gets no gradient. Queries that look
+    elsewhere count little. Nats; 0 where no query has a span.
+
+    Args:
+        scores: of the search, -inf for what is no span of a query (``start >= stop``).
+        start, stop: half-open.
+        q, k: scores of dense attention are ``q . k / sqrt(head_dim)``.
+        tile: queries at a time, for the weights.
+    """
+    q_len, kv_len, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
+    there = start < stop
+    masses = []
+    with torch.no_grad():
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        for a in range(0, q_len, tile):
+            rows = torch.arange(a, min(a + tile, q_len), device=q.device)
+            later = torch.arange(kv_len, device=q.device) > rows[:, None] + kv_len - q_len
+            weights = (scale * (q[:, :, rows] @ keys.mT)).masked_fill(later, -torch.inf).softmax(-1)
+            until = nn.functional.pad(weights.cumsum(-1), (1, 0))
+            ends = [x[rows].clamp(max=kv_len).expand(*q.shape[:2], -1, -1) for x in (stop, start)]
+            masses.append((until.gather(-1, ends[0]) - until.gather(-1, ends[1])) * there[rows])
+        mass = torch.cat(masses, 2)
+    some = there.any(-1, keepdim=True)
+    shares = scores.masked_fill(~there, -torch.inf).masked_fill(~some, 0).log_softmax(-1)
+    return -(mass * shares.masked_fill(~there, 0)).sum() / mass.sum().clamp(min=1e-9)
 
 
 class BudgetMultiplier(nn.Module):
