@@ -144,13 +144,15 @@ class LandmarkAttention(MultiHead):
     ) -> None:
         super().__init__(dim, heads, kv_heads=kv_heads, position=position, backend=backend)
         self.block, self.topk, self.chunk, self.share = block, topk, chunk, share
+        self.chooser: type[LandmarkRoute] = LandmarkRoute
+        """The class of `route`: another one chooses other blocks, for comparison."""
         _ = self.route  # refuses numbers that do not fit
 
     @property
     def route(self) -> LandmarkRoute:
         """What opens blocks in reading; keys and queries are given to it before rotation."""
         turn = None if self.position is None else self._turn
-        return LandmarkRoute(self.topk, self.block, self.share, self.chunk, turn)
+        return self.chooser(self.topk, self.block, self.share, self.chunk, turn)
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.position is None:
