@@ -209,3 +209,41 @@ def test_scan_and_circuits(run, tmp_path):
     code, _, err = run("scan", "testbed:decoder", "--kind", "remove")
     assert code == 2
     assert "uniform" in err
+
+
+def test_plan_writes_measures_and_shows(run, model, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("the cat sat on the mat and looked at the other cat. " * 40, encoding="utf-8")
+    out, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    how = ("--tokens", 128, "--sequences", 1, "--needles", "--loss", 5, "-o", out)
+    code, shown, _ = run("plan", model, "--text", text, *how, "--json")
+    assert code == 0
+    found = json.loads(shown)
+    assert found["plan"] == str(out)
+    assert found["measured"]["attention_speedup"] > 0
+    assert found["measured"]["perplexity_ratio"] > 0
+    assert set(found["measured"]["harm"]) == {"text", "needles"}
+    assert sum(found["options"].values()) == 8
+    code, shown, _ = run("plan", model, "--text", text, *how, "--page", page)
+    assert code == 0
+    assert "Attention, measured" in shown
+    assert shown.rstrip().endswith(str(page))
+    assert "<title>Plan of" in page.read_text(encoding="utf-8")
+    import regard
+
+    kept = regard.load_plan(out)
+    assert kept.measured is not None
+    assert kept.model["name"] == str(model)
+
+
+def test_plan_refuses_what_it_cannot_do(run, model, text, tmp_path):
+    code, _, err = run("plan", model)
+    assert code == 2
+    assert "give exactly one" in err
+    code, _, err = run("plan", model, "--text", text, "--loss", 0.1, "--speed", 2)
+    assert code == 2
+    assert "one budget" in err
+    code, _, err = run("plan", model, "--text", text, "--tokens", 1000, "-o", tmp_path / "x.json")
+    assert code == 2
+    assert "less than two stretches" in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "x.json").exists()

@@ -245,6 +245,77 @@ def roles(
 
 
 @app.command()
+def plan(
+    model: ModelOrDemo = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan.")] = Path("plan.json"),
+    text: Text = None,
+    loss: Annotated[
+        float | None, typer.Option(min=0.0, help="The most a token's loss may grow, nat; 0.01: 1 % of perplexity.")
+    ] = None,
+    speed: Annotated[float | None, typer.Option(min=1.0, help="How many times faster attention shall be.")] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Length of the sequences it is made on.")] = 2048,
+    sequences: Annotated[int, typer.Option(min=1, help="How many it is made on, and measured on.")] = 4,
+    needles: Annotated[
+        bool, typer.Option("--needles", help="Needles besides: the answers must stay right as well.")
+    ] = False,
+    page: Annotated[Path | None, typer.Option("--page", help="Write the plan's page there.")] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="The text every Python carries, 4096 tokens, with --needles.")
+    ] = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Find what each head can leave out under a budget, write the plan, and measure it on other parts of the text."""
+    if demo + (text is not None) != 1:
+        raise typer.BadParameter("give exactly one", param_hint="--text / --demo")
+    if loss is not None and speed is not None:
+        raise typer.BadParameter("give one budget", param_hint="--loss / --speed")
+    if not demo and model is None:
+        raise typer.BadParameter("name one: a folder, a hub name or testbed:decoder", param_hint="MODEL")
+    from regard.report.plan_page import plan_report
+    from regard.tasks import planning
+
+    loaded = _load(model or DEMO_MODEL, device)
+    tokens, needles = (4096, True) if demo else (tokens, needles)
+    material = planning.Material()
+    try:
+        source = planning.library_text() if demo else _read(text or Path())
+        material.add("text", *planning.windows(loaded, source, tokens, sequences, sequences))
+        if needles:
+            material.add("needles", *planning.needles(loaded, tokens, sequences, 2 * sequences, seed))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL / --text / --tokens") from error
+    kinds = material.calibration_kinds
+    with _telling("planning") as say_line:
+        made = regard.plan(loaded.model, material.calibration, loss=loss, speed=speed, groups=kinds, progress=say_line)
+    made.model["name"] = loaded.name
+    made.save(out)  # what follows may be interrupted
+    with _working(f"measuring on {len(material.held_out)} other sequences"):
+        from regard.plan.measure import measure
+
+        measure(loaded.model, made, material.held_out, groups=material.held_out_kinds)
+    made.save(out)
+    if page is not None:
+        plan_report(made, page, title=loaded.name)
+    if as_json:
+        shown = {"plan": str(out), "options": made.counts, "predicted": made.predicted}
+        _print_json(shown | {"calibration": made.calibration, "measured": made.measured})
+        return
+    print(made)
+    from regard.report.plan_page import outcome
+
+    for caption, rows in outcome(made):
+        table = Table(caption, "dense", "planned", "", box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*row)
+        _print_table(table)
+    for path in (out, page):
+        if path is not None:
+            print(path)
+
+
+@app.command()
 def scan(
     model: Model,
     task: Annotated[str, typer.Option(help="needle or repeated.")] = "needle",
@@ -616,6 +687,16 @@ def _working(what: str) -> Iterator[None]:
     """A line with a spinner on stderr while something runs; nothing where stderr is no terminal."""
     with say.status(escape(what)) if say.is_terminal else _nothing():
         yield
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[Any]:
+    """As `_working`, with a function that says how far it is."""
+    if not say.is_terminal:
+        yield lambda line: None
+        return
+    with say.status(escape(what)) as status:
+        yield lambda line: status.update(escape(f"{what}: {line.splitlines()[0]}"))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def plan(
     groups: Sequence[str] | None = None,
     windows: Sequence[int | float] | None = None,
     patterns: Sequence[Pattern] = (),
-    routes: Sequence[Route] = (),
+    routes: Sequence[Route] | None = None,
     roles: Any = None,
     anatomy: Anatomy | None = None,
     progress: Callable[[str], None] | None = None,
@@ -70,7 +70,8 @@ def plan(
         judge: see `regard.plan.judge`; None: next-token loss of language models, else relative output error.
         groups: names of kinds of sequences, one a sequence ("text", "needle", ...): each must keep the loss.
         windows: widths of windows to try; below 1: shares of the length, which grow with it.
-        patterns, routes: more candidates, for every head.
+        patterns: more candidates, for every head.
+        routes: tried for every head; None: `BlockTopK` over 1/16 and 1/8 of the blocks.
         roles: a `RoleTable` of `regard.roles`; None: roles are read off some rows of the first sequence.
         anatomy: the model's parts, where they cannot be found; without an output projection errors are those of the
             heads' own outputs.
@@ -87,7 +88,7 @@ def plan(
     with quiet(model):
         work = _Work(model, sequences, names, judge_of(judge, model, _dict(sequences[0])), began)
         parts = _anatomy(model, sequences[0], anatomy)
-        how = {"windows": windows, "extra": tuple(patterns), "routes": tuple(routes)}
+        how = {"windows": windows, "extra": tuple(patterns), "routes": routes}
         recording = Recording(model, CostModel(), how, _roles(roles), projections(model, parts))
         work.record(recording)
         say(f"{len(recording.layers)} layers recorded on {len(sequences)} sequences")
@@ -102,6 +103,7 @@ def plan(
         "unit": work.judge.unit,
         "harm": harms,
         "dense_loss": work.dense_loss(),
+        "causal": all(layer.evidence.causal for layer in recording.layers.values()),
         "sequences": len(sequences),
         "verified": tries,
         "seconds": seconds,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import html
 import json
 import os
@@ -12,7 +10,6 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,14 @@ from regard.measures.scores import role_scores
 from regard.watch.atlas import Atlas
 from regard.watch.recorder import Watch, token_texts, watch
 
+from . import frame
 from .pack import script_json
 from .payload import Extras, Picture, payload
 from .picture import as_inputs, patch_grid, png
-from .taxonomy import LOOKS, UNJUDGED, slug
+from .taxonomy import UNJUDGED
 from .windows import LIMIT, Closeup, Window, close_up
 
-SCRIPTS = ("data", "dom", "draw", "grid", "head", "layers", "picture", "tokens", "main")
+SCRIPTS = ("data", "dom", "draw", "grid", "head", "layers", "picture", "tokens", "theme", "main")
 FINE = 128
 CELLS = 1_300_000
 """Exact weights a page holds by default: with the rest about 4 MB for 12 x 12 heads."""
@@ -196,9 +194,9 @@ def render(
 ) -> str:
     """The page as a string."""
     header, blob = payload(atlas, table, extras)
-    style, script = _style(), _script()
+    style, script = frame.style(), frame.script(SCRIPTS)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(_file("page.html.j2"))
+    page = environment.from_string(frame.page_file("page.html.j2"))
     return page.render(
         title=_short(title) if title else _title(atlas),
         excerpt=_excerpt(summary, header),
@@ -211,8 +209,8 @@ def render(
         # What follows is ours alone, or escaped for where it stands.
         style=Markup(style),
         script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=frame.digest(style),
+        script_hash=frame.digest(script),
         header=Markup(script_json(header)),
         arrays=Markup(blob.base64()),
     )
@@ -301,38 +299,6 @@ def _first_query(picture: Picture | None, windows: Sequence[Window]) -> int | No
 
 
 # -- the frame's words -----------------------------------------------------------------------------------------------
-
-
-def _file(name: str) -> str:
-    return (resources.files("regard.report") / "page" / name).read_text(encoding="utf-8")
-
-
-def _style() -> str:
-    """The style sheet with the roles' colours; what is dark by choice is also dark before the script has run."""
-    colours = {
-        theme: "".join(f"--role-{slug(role)}:{getattr(look, theme)};" for role, look in LOOKS.items())
-        for theme in ("light", "dark")
-    }
-    sheet = _file("style.css")
-    dark = sheet.partition(':root[data-theme="dark"] {')[2].partition("}")[0] + colours["dark"]
-    return (
-        f":root{{{colours['light']}}}\n{sheet}\n"
-        f':root[data-theme="dark"]{{{colours["dark"]}}}\n'
-        f"@media (prefers-color-scheme: dark){{:root:not([data-theme]){{{dark}}}}}"
-    )
-
-
-def _script() -> str:
-    body = "\n".join(_file(f"{name}.js") for name in SCRIPTS)
-    failed = (
-        'const box = document.getElementById("failure"); box.hidden = false; '
-        "box.textContent = `This page could not be drawn: ${error.message}`; console.error(error);"
-    )
-    return f'(async () => {{\n"use strict";\n{body}\n}})().catch((error) => {{ {failed} }});'
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
 def _name(model: nn.Module) -> str:

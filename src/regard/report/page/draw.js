@@ -2,7 +2,6 @@
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-const isDark = () => document.documentElement.dataset.theme === "dark";
 const roleColour = (id) => css(`--role-${id}`) || css("--role-mixed");
 
 const ramps = new Map();
