@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from regard.patterns import Columns, Diagonals, Pattern, Sinks, Window
+from regard.patterns import BlockTopK, Columns, Diagonals, Pattern, Sinks, Window, topk
 from regard.patterns.routed import Route
 from regard.plan.observe import SINKS, Evidence, role_of
 from regard.plan.options import DENSE, NOTHING, Option, ScaledWindow
 
-__all__ = ["candidates", "given_options", "window_widths"]
+__all__ = ["candidates", "own_routes", "window_widths"]
 
 BLOCK = 64
 """Keys are cut into blocks of this many by the kernel on a CPU; a column costs as much as its block."""
@@ -19,16 +19,23 @@ STRIPES = (4, 16)
 
 
 def window_widths(length: int) -> list[int]:
-    """Widths of windows worth trying: about 1/128, 1/32 and 1/8 of the keys, at least 32."""
-    widths = {max(32, 1 << max(0, round(length / part).bit_length() - 1)) for part in (128, 32, 8)}
+    """Widths of windows worth trying: about 1/128 and 1/32 of the keys, at least 32."""
+    widths = {max(32, 1 << max(1, round(length / part)).bit_length() - 1) for part in (128, 32)}
     return sorted(w for w in widths if w < length // 2) or [max(1, length // 4)]
+
+
+def own_routes(length: int, causal: bool) -> list[Route]:
+    """Routes worth trying: 1/16 and 1/8 of the blocks of keys, chosen by their means, beside sinks and what is near."""
+    blocks = length // BLOCK
+    keep = Sinks(SINKS) | (Window(BLOCK) if causal else Window(BLOCK // 2, BLOCK // 2))
+    return [BlockTopK(BLOCK, select=topk(blocks // part), keep=keep) for part in (16, 8) if blocks // part >= 2]
 
 
 def candidates(
     evidence: Evidence,
     *,
     windows: Sequence[int | float] | None = None,
-    routes: Sequence[Route] = (),
+    routes: Sequence[Route] | None = None,
     extra: Sequence[Pattern] = (),
     roles: Sequence[str] | None = None,
     known: dict[Any, Option] | None = None,
@@ -39,7 +46,7 @@ def candidates(
         evidence: of the layer's heads.
         windows: widths; numbers below 1 are shares of the keys, and those windows grow with the length. None: as
             `window_widths` says.
-        routes: tried for every head.
+        routes: tried for every head; None: as `own_routes` says.
         extra: patterns tried for every head.
         roles: names given by an atlas, one a head; None: from the evidence.
         known: options by what they are, so that layers share them.
@@ -57,7 +64,9 @@ def candidates(
             made = Window(w) | Sinks(SINKS) if causal else Window(w // 2, w // 2) | Sinks(SINKS)
             name = f"sinks {SINKS} + window {w}"
         everyone.append(_option(known, name, made))
-    everyone += given_options(known, extra, routes)
+    everyone += [_option(known, str(pattern), pattern) for pattern in extra]
+    chosen = own_routes(length, causal) if routes is None else routes
+    everyone += [_option(known, _route_name(route), route) for route in chosen]
     named = [role_of(evidence, head, period) for head, period in enumerate(evidence.periods())]
     if roles is not None:
         named = [(role, shares) for role, (_, shares) in zip(roles, named, strict=True)]
@@ -67,9 +76,13 @@ def candidates(
     return everyone, some, named
 
 
-def given_options(known: dict[Any, Option], extra: Sequence[Pattern], routes: Sequence[Route]) -> list[Option]:
-    """Options of patterns and routes that the user names."""
-    return [_option(known, str(how), how) for how in (*extra, *routes)]
+def _route_name(route: Route) -> str:
+    """``BlockTopK 64: topk(k=8)``, with what it keeps besides."""
+    rule, keep = getattr(route, "rule", None), getattr(route, "keep", None)
+    if rule is None:
+        return str(route)
+    block = "x".join(map(str, dict.fromkeys(route.block)))
+    return f"{type(route).__name__} {block}: {rule}" + ("" if keep is None else f" beside {keep}")
 
 
 def _whole(widths: Sequence[int | float], length: int) -> list[int]:

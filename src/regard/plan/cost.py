@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ __all__ = ["CostModel", "Shape"]
 
 REPEATS = 3
 LONG = 0.05
-"""Seconds of a call from which two runs of it do."""
+"""Seconds of a call of which two runs after the first do."""
 
 Shape = tuple[int, int, int, int, int, int, int]
 """(batch, heads, kv_heads, q_len, kv_len, head_dim, v_dim) of a call."""
@@ -59,7 +58,7 @@ class CostModel:
             for n in sorted(counts):
                 # heads from the end: no view of the model's tensors will do, as in most groups
                 group = Group(option, tuple(range(heads - n, heads)), n == heads)
-                found[n] = _median(call, group)
+                found[n] = _best(call, group)
             self.times[shape, option.name] = found
         self.spent += time.perf_counter() - began
 
@@ -105,9 +104,9 @@ class CostModel:
         return made
 
 
-def _median(call: Inputs, group: Group) -> float:
+def _best(call: Inputs, group: Group) -> float:
     taken: list[float] = []
-    while len(taken) <= (1 if taken and taken[0] > LONG else REPEATS):
+    while len(taken) <= (2 if taken and taken[0] > LONG else REPEATS):
         if call.q.device.type == "cuda":
             torch.cuda.synchronize(call.q.device)
         start = time.perf_counter()
@@ -115,7 +114,7 @@ def _median(call: Inputs, group: Group) -> float:
         if call.q.device.type == "cuda":
             torch.cuda.synchronize(call.q.device)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])  # the first one lays out blocks
+    return min(taken[1:])  # the first one lays out blocks; whatever else runs only adds
 
 
 def _one(call: Inputs, group: Group) -> None:
