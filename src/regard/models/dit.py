@@ -177,13 +177,23 @@ class VideoDiT(nn.Module):
         grid = self.config.grid((x.shape[2], x.shape[3], x.shape[4]))
         said = self.words(words)
         time = nn.functional.silu(self.time(_sinusoids(t, self.config.dim)))
-        rope = self.blocks[0].self_attention.rope
-        angles = rope.angles(grid, x.device)  # type: ignore[operator,union-attr]
+        first = self.blocks[0]
+        assert isinstance(first, DiTBlock)
+        angles = first.self_attention.rope.angles(grid, x.device)
         y = self.embed(self._patches(x, grid))
         for block in self.blocks:
             y = block(y, time, said, angles)
         shift, scale = self.modulation(time)[:, None].chunk(2, -1)
         return self._video(self.head(self.norm(y) * (1 + scale) + shift), grid).to(x.dtype)
+
+    def example_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Two small noisy videos with times and prompts, as `forward` takes them."""
+        generator = torch.Generator().manual_seed(0)
+        shape = [2 * n for n in self.config.patch]
+        x = torch.randn(2, self.config.channels, *shape, generator=generator)
+        words = torch.randint(self.config.words, (2, 3), generator=generator)
+        weight = self.head.weight
+        return x.to(weight), torch.tensor([0.3, 0.7]).to(weight), words.to(weight.device)
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
         """Writes config.json and model.safetensors; `regard.models.saved.load_saved` reads them."""
@@ -257,9 +267,7 @@ def sample(
         on_step: told the number of a step before it runs.
     """
     if strength != 1 and init is None:
-        raise ValueError(
-            f"strength goes with an init: pass one, or leave strength at 1 (got {strength})"
-        )
+        raise ValueError(f"strength goes with an init: pass one, or leave strength at 1 (got {strength})")
     times = timesteps(steps, shift, strength)
     x = noise if init is None else (1 - times[0]) * init + times[0] * noise
     null = torch.full_like(words, model.config.null)

@@ -58,6 +58,7 @@ def _classes() -> dict[str, Callable[[dict[str, Any]], nn.Module]]:
     from regard.models.dit import DiTConfig, VideoDiT
 
     def video(told: dict[str, Any]) -> VideoDiT:
-        return VideoDiT(DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}))
+        shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+        return VideoDiT(DiTConfig(**shape))
 
     return {"VideoDiT": video}

@@ -48,11 +48,11 @@ _SQUARE, _WIDE, _TALL = (16, 16), (12, 24), (24, 12)
 SIZES = {
     "full": Size(
         model=DiTConfig(words=len(WORDS)),
-        recipe=Recipe(steps=1500, lr=3e-3, warmup=60, decay=450, autocast=True),
+        recipe=Recipe(steps=950, lr=3e-3, warmup=60, decay=290, autocast=True),
         phases=(
-            Phase(500, ((28, 1, (4, *_SQUARE)),)),
-            Phase(900, ((16, 1, (8, *_SQUARE)), (14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
-            Phase(1150, ((6, 3, (4, 32, 32)), (14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
+            Phase(350, ((28, 1, (4, *_SQUARE)),)),
+            Phase(560, ((16, 1, (8, *_SQUARE)), (14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
+            Phase(680, ((6, 3, (4, 32, 32)), (14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
             Phase(10**9, ((3, 3, SHAPE),)),
         ),
     ),

@@ -126,11 +126,14 @@ def first_tensor(x: Any) -> Tensor | None:
 
 
 def example_inputs(model: nn.Module) -> Any:
-    """Small inputs made from what the model says about itself.
+    """Small inputs made from what the model says about itself, or what its own ``example_inputs()`` gives.
 
     Raises:
         ValueError: when it says too little; inputs must then be given.
     """
+    own = getattr(model, "example_inputs", None)
+    if callable(own):
+        return own()
     config = getattr(model, "config", None)
     device, dtype = _place(model)
     main = getattr(model, "main_input_name", None)

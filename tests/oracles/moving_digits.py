@@ -1,0 +1,31 @@
+"""Moving digits drawn pixel by pixel: an object steps, and turns round where the next step would leave the canvas."""
+
+import torch
+
+
+def path(start, velocity, room, frames):
+    """Positions on one axis, by stepping a pixel at a time."""
+    at, way = start, 1 if velocity >= 0 else -1
+    found = [at]
+    for _ in range(frames - 1):
+        for _ in range(abs(velocity)):
+            if room and not 0 <= at + way <= room:
+                way = -way
+            at += way if room else 0
+        found.append(at)
+    return found
+
+
+def render(shape, kind, glyph, start, velocity):
+    """One scene [frames, height, width]."""
+    frames, height, width = shape
+    video = torch.zeros(shape)
+    for o in range(len(kind)):
+        rows = path(int(start[o, 0]), int(velocity[o, 0]), height - 8, frames)
+        columns = path(int(start[o, 1]), int(velocity[o, 1]), width - 8, frames)
+        for f in range(frames):
+            for y in range(8):
+                for x in range(8):
+                    r, c = rows[f] + y, columns[f] + x
+                    video[f, r, c] = max(float(video[f, r, c]), float(glyph[o, y, x]))
+    return video
