@@ -42,8 +42,9 @@ def save(routed: Routed, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     tensors, told = _split(routed)
-    header = {"regard.routed": json.dumps({name: to_plain(x) for name, x in told.items()})}
-    save_file({n: x.detach().cpu().contiguous().clone() for n, x in tensors.items()}, str(path), header)
+    tensors = {n: x.detach().cpu().contiguous().clone() for n, x in tensors.items()}
+    header = {"regard.routed": json.dumps({name: to_plain(x, tensors) for name, x in told.items()})}
+    save_file(tensors, str(path), header)
 
 
 def load(path: str | Path) -> Routed:
@@ -62,8 +63,9 @@ def load(path: str | Path) -> Routed:
         if header is None:
             raise ValueError(f"{path} was not written by Routed.save")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    told = {name: from_plain(x) for name, x in json.loads(header).items()}
-    made = Routed(**tensors, **told)
+    told = {name: from_plain(x, tensors) for name, x in json.loads(header).items()}
+    names = {f.name for f in fields(Routed)}
+    made = Routed(**{n: x for n, x in tensors.items() if n in names}, **told)
     if made.index is not None:
         ls.check_blocks(made.index, made.count, made.n_rows, made.n_columns, True)
     if made.start is not None and made.stop is not None:

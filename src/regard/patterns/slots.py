@@ -21,13 +21,14 @@ __all__ = ["OnSlots", "in_slots", "refined"]
 class OnSlots(Pattern):
     """``part`` of the tokens that slots hold; padding meets nothing. Equal if of the same tensors.
 
-    ``q_tokens``, ``kv_tokens``: ``[samples|1, decisions|1, slots]``, absolute positions, -1 for padding; decision r
-    is that of heads ``[r n, (r + 1) n)`` of ``q_heads``.
+    ``q_tokens``, ``kv_tokens``: ``[samples|1, decisions|1, slots]``, queries counted from ``q_start`` and keys, -1 for
+    padding; decision r is that of heads ``[r n, (r + 1) n)`` of ``q_heads``.
     """
 
     part: Pattern | None
     q_tokens: Tensor
     kv_tokens: Tensor
+    q_start: int
     q_heads: int | None
     head: int | None = None
     sample: int | None = None
@@ -42,8 +43,7 @@ class OnSlots(Pattern):
 
     @property
     def _key(self) -> tuple[object, ...]:
-        one = None if self.q_heads is None or self.head is None else self.head
-        return id(self.q_tokens), id(self.kv_tokens), self.part, self.q_heads, one, self.sample
+        return id(self.q_tokens), id(self.kv_tokens), self.q_start, self.part, self.q_heads, self.head, self.sample
 
     @property
     def decisions(self) -> int:
@@ -75,7 +75,7 @@ class OnSlots(Pattern):
         """Of one head of one sample."""
         if self.heads is None and self.samples is None:
             return self
-        return replace(self, head=head, sample=sample)
+        return replace(self, head=head if self.heads else self.head, sample=sample if self.samples else self.sample)
 
     def allows(
         self,
@@ -91,7 +91,7 @@ class OnSlots(Pattern):
         there = (q >= 0) & (k >= 0)
         if self.part is None:
             return there
-        return self.part.allows(q.clamp(min=0), k.clamp(min=0), h, b) & there
+        return self.part.allows(q.clamp(min=0) + self.q_start, k.clamp(min=0), h, b) & there
 
     def _token(self, tokens: Tensor, idx: Tensor, head: Tensor | None, batch: Tensor | None) -> Tensor:
         inside = (idx >= 0) & (idx < tokens.shape[2])
@@ -117,23 +117,17 @@ def in_slots(routed: Routed) -> Routed:
     r = routed
     if not r.ordered:
         return r
-    q = _tokens(r.q_order, r.q_len, r.q_start, r.device)
-    k = _tokens(r.kv_order, r.kv_len, 0, r.device)
+    orders = zip((r.q_order, r.kv_order), (r.q_len, r.kv_len), strict=True)
+    q, k = (torch.arange(n, device=r.device)[None, None] if order is None else order for order, n in orders)
     heads = r.q_heads or (r.decisions if r.decisions > 1 else None)
     within = None
     if r.within is not None or bool((k < 0).any()) or bool((q < 0).any()):
-        within = OnSlots(r.within, q, k, heads)
-    keep = None if r.keep is None else OnSlots(r.keep, q, k, heads)
+        within = OnSlots(r.within, q, k, r.q_start, heads)
+    keep = None if r.keep is None else OnSlots(r.keep, q, k, r.q_start, heads)
     return replace(
         r, q_len=q.shape[2], kv_len=k.shape[2], q_start=0, q_order=None, kv_order=None, repeats="error", within=within,
         keep=keep,
     )  # fmt: skip
-
-
-def _tokens(order: Tensor | None, length: int, start: int, device: torch.device) -> Tensor:
-    if order is None:
-        return (torch.arange(length, device=device) + start)[None, None]
-    return torch.where(order < 0, -1, order + start)
 
 
 def refined(routed: Routed, block: tuple[int, int]) -> Routed:
