@@ -51,6 +51,7 @@ def plan(
     routes: Sequence[Route] | None = None,
     roles: Any = None,
     anatomy: Anatomy | None = None,
+    costs: CostModel | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """What each head can leave out: a plan that meets a budget on loss or on attention time.
@@ -75,6 +76,8 @@ def plan(
         roles: a `RoleTable` of `regard.roles`; None: roles are read off some rows of the first sequence.
         anatomy: the model's parts, where they cannot be found; without an output projection errors are those of the
             heads' own outputs.
+        costs: seconds known already, as those of another plan of this model on this machine (`Plan.costs`); what is not
+            among them is timed.
         progress: called with a line for each step.
 
     Raises:
@@ -89,7 +92,7 @@ def plan(
         work = _Work(model, sequences, names, judge_of(judge, model, _dict(sequences[0])), began)
         parts = _anatomy(model, sequences[0], anatomy)
         how = {"windows": windows, "extra": tuple(patterns), "routes": routes}
-        recording = Recording(model, CostModel(), how, _roles(roles), projections(model, parts))
+        recording = Recording(model, CostModel() if costs is None else costs, how, _roles(roles), projections(model, parts))
         work.record(recording)
         say(f"{len(recording.layers)} layers recorded on {len(sequences)} sequences")
         problem = _Problem(list(recording.layers.values()), recording.costs)
@@ -103,7 +106,6 @@ def plan(
         "unit": work.judge.unit,
         "harm": harms,
         "dense_loss": work.dense_loss(),
-        "causal": all(layer.evidence.causal for layer in recording.layers.values()),
         "sequences": len(sequences),
         "verified": tries,
         "seconds": seconds,

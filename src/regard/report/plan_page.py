@@ -83,11 +83,11 @@ def _record(record: dict[str, Any] | None) -> dict[str, Any]:
         return {"role": None, "why": None, "candidates": []}
     keys = ("error", "worst_error", "mass", "least_mass", "seconds")
     tried = [
-        {"name": c["name"], "kind": c["kind"], **{k: rounded(c[k], 4) for k in keys}}
-        for c in sorted(record["candidates"], key=lambda c: c["seconds"])
+        {"name": c["name"], "kind": c["kind"], **{k: rounded(c.get(k), 4) for k in keys}}
+        for c in sorted(record.get("candidates", []), key=lambda c: c["seconds"])
     ]
     role = record["role"] if record["role"] in LOOKS else None
-    own = {k: rounded(record[k], 4) for k in keys}
+    own = {k: rounded(record.get(k), 4) for k in keys}
     return {"role": role and slug(role), "given": record["given"], "why": record["why"], **own, "candidates": tried}
 
 
@@ -110,7 +110,7 @@ def _small_map(plan: Plan, option: Option) -> str | None:
     how = Full() if how is None else how
     if not isinstance(how, Pattern):
         return None
-    if plan.calibration.get("causal"):
+    if plan.causal.get(name):
         how = how & Causal()
     block = (max(1, -(-q_len // CELLS)), max(1, -(-kv_len // CELLS)))
     some, whole = how.of(0, 0).layout(q_len, kv_len, block).dense()

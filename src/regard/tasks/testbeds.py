@@ -205,19 +205,22 @@ def _decoder(size: str, seed: int, steps: int | None) -> Run:
     )
 
 
-def _stretched(start: str | Path | None, seed: int, steps: int | None) -> Run:
-    """The second training of the decoder: from the weights of the first, at lengths up to all its positions."""
+def _stretched(size: str, start: str | Path | None, seed: int, steps: int | None) -> Run:
+    """The later trainings of the decoder: from the weights of one before, at lengths up to all its positions."""
     from regard.tasks import decoder, stretch
     from regard.tasks.bytetext import byte_tokenizer
     from regard.tasks.gates import gates
 
     if start is None:
-        raise ValueError("size 'long' goes on from trained weights: start must name what size 'full' wrote")
+        before = "full" if size == "long" else "long"
+        raise ValueError(f"size {size!r} goes on from trained weights: start must name what size {before!r} wrote")
     folder, _ = _find(str(start))
     loaded = load(start)
     if tuple(loaded.model.config.architectures or ()) != ("LlamaForCausalLM",) or loaded.model.config.vocab_size != 259:
         raise ValueError(f"start must be a decoder testbed, {str(start)!r} is a {type(loaded.model).__name__}")
-    how = stretch.STRETCH if steps is None else replace(stretch.STRETCH, recipe=stretch.shortened(steps))
+    how = stretch.STRETCHES[size]
+    if steps is not None:
+        how = replace(how, recipe=stretch.shortened(how.recipe, steps))
     mixture = stretch.StretchMixture(how, seed)
     made = Path(folder, "training.json")
     return Run(
@@ -324,10 +327,10 @@ def train(
         out: folder for config, weights, tokenizer and ``training.json`` (recipe, curve, gates, versions, machine;
             ``starts``: the steps at which the work was taken up).
         size: "full", the shipped one, or "smoke", which is done in seconds and passes no gate; of the decoder also
-            "long", which goes on from the weights of "full" at up to 8,192 tokens.
+            "long", which goes on from the weights of "full" at up to 8,192 tokens, and "longer", on from "long".
         seed: of the weights and of every batch.
         steps: fewer (or more) steps than the recipe's; the run is the same up to its final decay.
-        start: what `load` takes: the weights that size "long" goes on from.
+        start: what `load` takes: the weights that sizes "long" and "longer" go on from.
         console: a rich console for the progress bar; None makes one on stderr.
 
     Returns:
@@ -344,13 +347,15 @@ def train(
 
     if name not in TESTBEDS:
         raise ValueError(f"there is no testbed {name!r} to train; there is {', '.join(TESTBEDS)}")
-    sizes = ("full", "smoke", "long") if name == "decoder" else ("full", "smoke")
+    sizes = ("full", "smoke", "long", "longer") if name == "decoder" else ("full", "smoke")
     if size not in sizes:
         raise ValueError(f"size of {name!r} must be one of {', '.join(sizes)}, got {size!r}")
-    if start is not None and size != "long":
-        raise ValueError(f"start goes with size 'long' of the decoder; {name!r} of size {size!r} begins from nothing")
-    if size == "long":
-        ready = _stretched(start, seed, steps)
+    if start is not None and not size.startswith("long"):
+        raise ValueError(
+            f"start goes with sizes 'long' and 'longer' of the decoder; {name!r} of size {size!r} begins from nothing"
+        )
+    if size.startswith("long"):
+        ready = _stretched(size, start, seed, steps)
     else:
         ready = _MADE[name](size, seed, steps) if name in _MADE else _symbolic(name, size, seed, steps)
     out = Path(out)

@@ -45,7 +45,7 @@ function cell(h) {
     map(option, h.role, "thumb"),
     el("span", { class: "cell-label" }, el("span", { text: h.key }), role && el("span", { class: "code", text: role.code })),
     el("span", { class: "given", text: option.name, title: option.name }),
-    h.mass !== undefined && el("span", { class: "kept", title: `${percent(h.mass)} of the mass kept` }, el("span", { style: { width: `${100 * h.mass}%` } })));
+    typeof h.mass === "number" && el("span", { class: "kept", title: `${percent(h.mass)} of the mass kept` }, el("span", { style: { width: `${100 * h.mass}%` } })));
   return button;
 }
 
