@@ -84,23 +84,28 @@ def test_the_table_is_the_layout_in_padded_rows(case):
 @given(routed(("ordered", "groups", "merge")))
 def test_slots_are_the_tokens_they_hold(case):
     r, inside = case.routed, case.routed.slots()
-    q = torch.arange(r.q_len)[None, None] if r.q_order is None else r.q_order
-    k = torch.arange(r.kv_len)[None, None] if r.kv_order is None else r.kv_order
     i, j = torch.arange(inside.q_len)[:, None], torch.arange(inside.kv_len)
+    lead = (case.batch, case.heads)
     head, sample = torch.arange(case.heads)[:, None, None], torch.arange(case.batch)[:, None, None, None]
-    shape = (case.batch, case.heads, inside.q_len, inside.kv_len)
-    got = inside.allows(i, j, head, sample).expand(shape)
-    pairs, listed = case.pairs(), case.pairs(joined=False)
-    keep = torch.zeros_like(listed) if r.keep is None else case.static(r.keep)
-    for b, h, s, t in torch.cartesian_prod(*(torch.arange(n) for n in shape)).tolist():
-        decision = r.decision(h)
-        token = int(q[b % len(q), decision % q.shape[1], s])
-        key = int(k[b % len(k), decision % k.shape[1], t])
-        want = token >= 0 and key >= 0 and bool(pairs[b, h, token, key])
-        if want and not keep[b, h, token, key]:
-            row = r.index[b % r.batch, decision % r.decisions, s // r.block[0]]
-            want = t // r.block[1] in row.tolist()
-        assert bool(got[b, h, s, t]) == want
+    got = inside.allows(i, j, head, sample).expand(*lead, inside.q_len, inside.kv_len)
+
+    def each(x):  # [samples, decisions, ...] for every sample and head
+        return x.repeat_interleave(case.heads // x.shape[1], 1).expand(*lead, *x.shape[2:])
+
+    q, k = (each(x) for x in (r.q_order, r.kv_order))
+    listed = torch.zeros(*lead, r.n_rows, r.n_columns + 1, dtype=torch.bool)
+    listed.scatter_(3, each(r.index).long() % (r.n_columns + 1), True)  # -1 falls into the last column
+    want = listed[:, :, i // r.block[0], j // r.block[1]]
+
+    def on_slots(pattern):
+        rows = case.static(pattern).gather(2, q.clamp(min=0)[..., None].expand(*q.shape, r.kv_len))
+        return rows.gather(3, k.clamp(min=0)[:, :, None].expand(*q.shape, k.shape[2]))
+
+    if r.keep is not None:
+        want = want | on_slots(r.keep)
+    if r.within is not None:
+        want = want & on_slots(r.within)
+    assert torch.equal(got, want & (q >= 0)[..., None] & (k >= 0)[:, :, None])
     some, every = dense_blocks(got[: inside.samples or 1, : inside.heads or 1], r.block)
     layout = inside.layout(inside.q_len, inside.kv_len, r.block, 0)
     assert layout.equal(BlockLayout.from_dense(some, every, inside.q_len, inside.kv_len, r.block))
