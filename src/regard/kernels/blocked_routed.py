@@ -71,7 +71,8 @@ def out_of_slots(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tenso
     there = (at >= 0).repeat_interleave(heads // at.shape[1], 1).expand(batch, -1, -1, -1)
     found = out.reshape(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
     if routed.repeats == "mean":
-        weight = there / there.sum(-1, keepdim=True).clamp(min=1)
+        weight = there.to(torch.promote_types(found.dtype, torch.float32))
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         return (found * weight[..., None].to(found.dtype)).sum(-2), None
     if lse is None:
         return (found * there[..., None].to(found.dtype)).sum(-2), None
