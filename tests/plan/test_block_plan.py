@@ -131,7 +131,8 @@ def test_plans_beside_dense_from_the_same_noise(model, given, inputs):
 
 def test_an_option_of_a_plan_may_be_a_stored_route(model, given, inputs, tmp_path):
     """One head's own order and blocks in a `Plan`: saved, loaded, applied."""
-    from regard.plan.controls import operations_ratio, with_options
+    from regard.plan.baselines import bare
+    from regard.plan.controls import operations_ratio
     from regard.plan.plan import load_plan
     from regard.plan.shape_plan import planned
 
@@ -146,7 +147,7 @@ def test_an_option_of_a_plan_may_be_a_stored_route(model, given, inputs, tmp_pat
             for h in range(2)
         ]
         layers[name] = [Option(f"blocks of {name}, head {h}", routed) for h, routed in enumerate(alone)]
-    stored = with_options(plan, layers)
+    stored = bare(plan, layers)
     assert operations_ratio(stored) == pytest.approx(4)
     with torch.no_grad(), bp.StepRoutes(model, [routes], STEPS):
         wanted = model(*inputs[0])

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from regard.models.dit import DiTConfig, VideoDiT
 from regard.patterns import Columns, Full, Window
 from regard.plan import shape_plan as sp
-from regard.plan.controls import operations_ratio, shuffled, shuffled_heads, with_options, with_patterns
+from regard.plan.baselines import bare
+from regard.plan.controls import operations_ratio, shuffled, shuffled_heads, with_patterns
 from regard.plan.options import DENSE, NOTHING
 from regard.plan.plan import PlanError, load_plan
-from regard.plan.shapes import kind_of_shape, offered, one_for_all, stripes, video_options
+from regard.plan.shapes import kind_of_shape, offered, one_for_all, search_shapes, stripes, video_options
 
 GRID = (3, 4, 4)
 
@@ -77,6 +78,16 @@ def test_what_is_not_on_offer():
     assert np.isinf(offered(errors, ["full", "a", "b"], 0.1)).tolist() == [[False, True, False], [False, True, True]]
     with pytest.raises(ValueError, match='"full" among them'):
         offered(errors, ["a", "b", "c"], 0.1)
+
+
+def test_eps_is_raised_as_far_as_the_budget_asks():
+    errors = np.array([[[0.0, 0.2, 0.05], [0.0, 0.5, 1.0]]])
+    names, costs = ["full", "a", "skip"], [1.0, 0.5, 0.0]
+    for budget, which, eps in ((1.0, [2, 0], 0.1), (0.5, [2, 1], 0.5), (0.0, [2, 2], 1.0)):
+        found, limit = search_shapes(errors, names, costs, budget, 0.1)
+        assert (found.which.tolist(), limit) == ([which], eps)
+    with pytest.raises(ValueError, match="met by no choice"):
+        search_shapes(errors, names, costs, -1.0, 0.1)
 
 
 @torch.no_grad()
@@ -184,7 +195,7 @@ def test_controls(model, found):
     stripe = {name: found.patterns[name]["stripe"] for name in found.layers}
     apart = with_patterns(plan, stripe, "stripe")
     assert apart.given(found.layers[0], 1).how == stripe[found.layers[0]].of(1)
-    assert operations_ratio(with_options(plan, dict.fromkeys(found.layers, (DENSE, DENSE)))) == 1
+    assert operations_ratio(bare(plan, dict.fromkeys(found.layers, (DENSE, DENSE)))) == 1
 
 
 def test_stripes_are_the_keys_that_receive_most_the_lower_of_equals():

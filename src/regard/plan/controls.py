@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from regard.patterns import Pattern
+from regard.patterns import Causal, Full, Pattern
+from regard.plan.baselines import bare
 from regard.plan.options import Option
 from regard.plan.plan import Plan
 
-__all__ = ["operations_ratio", "shuffled", "shuffled_heads", "with_options", "with_patterns"]
+__all__ = ["operations_ratio", "shuffled", "shuffled_heads", "with_patterns"]
 
 
 def operations_ratio(plan: Plan) -> float:
-    """Pairs of dense attention over the pairs that the plan computes, all layers that it names together."""
-    dense = sparse = 0
+    """Pairs of dense attention over the pairs that the plan computes, all layers that it names together.
+
+    Raises:
+        ValueError: for an option that decides from q and k.
+    """
+    dense = sparse = 0.0
     for name, options in plan.layers.items():
-        _, _, _, q_len, kv_len, _, _ = plan.shapes[name]
+        q_len, kv_len = plan.shapes[name][3:5]
+        whole = Causal() if plan.causal.get(name) else Full()
+        known: dict[int, float] = {}
         for option in options:
             how = option.at(kv_len)
             if how is not None and not isinstance(how, Pattern):
                 raise ValueError(f"option {option.name!r} decides from q and k: its pairs are not known beforehand")
-            pairs = q_len * kv_len
-            dense += pairs
-            sparse += pairs if how is None else round(how.density(q_len, kv_len, 0) * pairs)
+            if id(option) not in known:
+                pattern = whole if how is None else how if whole == Full() else how & whole
+                known[id(option)] = pattern.density(q_len, kv_len) * q_len * kv_len
+            dense += whole.density(q_len, kv_len) * q_len * kv_len
+            sparse += known[id(option)]
     return dense / sparse if sparse else float("inf")
 
 
@@ -53,7 +61,7 @@ def shuffled(plan: Plan, generator: torch.Generator) -> Plan:
         (order,) = shuffled_heads(np.array([[id(o) for o in options]]), generator)
         by = {id(o): o for o in options}
         layers[name] = tuple(by[i] for i in order.tolist())
-    return with_options(plan, layers)
+    return bare(plan, layers)
 
 
 def with_patterns(plan: Plan, patterns: Mapping[str, Pattern], name: str) -> Plan:
@@ -69,10 +77,4 @@ def with_patterns(plan: Plan, patterns: Mapping[str, Pattern], name: str) -> Pla
                 known[pattern] = Option(f"{name}{own}", pattern)
             given.append(known[pattern])
         layers[layer] = tuple(given)
-    return with_options(plan, layers)
-
-
-def with_options(plan: Plan, layers: Mapping[str, Sequence[Option]]) -> Plan:
-    """The same plan with other options; what was recorded of it is left out."""
-    given = {name: tuple(options) for name, options in layers.items()}
-    return replace(plan, layers=given, heads=[], predicted={}, calibration={}, measured=None)
+    return bare(plan, layers)

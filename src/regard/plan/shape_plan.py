@@ -24,8 +24,7 @@ from regard.plan.identity import identity
 from regard.plan.options import DENSE, NOTHING, Option
 from regard.plan.plan import Plan
 from regard.plan.record import projections
-from regard.plan.search import search
-from regard.plan.shapes import kind_of_shape, offered, video_options
+from regard.plan.shapes import kind_of_shape, search_shapes, video_options
 from regard.watch.anatomy import Anatomy
 from regard.watch.anatomy import anatomy as find_anatomy
 from regard.watch.call import Call
@@ -48,6 +47,7 @@ class ShapeErrors:
     patterns: dict[str, dict[str, Pattern]]
     """By layer and option: the pattern, of all heads alike or one a head."""
     shapes: dict[str, Shape]
+    causal: dict[str, bool]
     errors: np.ndarray
     mass: np.ndarray
     density: np.ndarray
@@ -137,6 +137,7 @@ class _Tried:
         self.received, self.projections = received, projections
         self.patterns: dict[str, dict[str, Pattern]] = {}
         self.shapes: dict[str, Shape] = {}
+        self.causal: dict[str, bool] = {}
         self.lost: dict[str, Tensor] = {}  # [heads, options]
         self.size: dict[str, Tensor] = {}  # [heads]
         self.mass: dict[str, list[Tensor]] = {}
@@ -149,7 +150,7 @@ class _Tried:
             self.patterns[name] = video_options(
                 self.shape, self.received.sums[name], prefix=self.prefix, suffix=self.suffix
             )
-            self.shapes[name] = shape_of(inputs)
+            self.shapes[name], self.causal[name] = shape_of(inputs), call.causal
         full, lse = _attended(inputs, Full())
         gram = self._gram(name, inputs)
         lost, mass = [], []
@@ -194,6 +195,7 @@ class _Tried:
             layers=layers,
             patterns=self.patterns,
             shapes=self.shapes,
+            causal=self.causal,
             errors=torch.stack(errors).numpy(),
             mass=torch.stack([torch.stack(self.mass[n]).mean(0) for n in layers]).numpy(),
             density=np.array([p.density(length, length, 0) for p in first.values()]),
@@ -219,13 +221,13 @@ def _energy(x: Tensor, gram: Tensor | None) -> Tensor:
 def plan_shapes(found: ShapeErrors, budget: float | int, *, eps: float | int = 0.1) -> np.ndarray:
     """The option of each head ``[layers, heads]`` with the least summed error at ``budget`` of the dense operations.
 
-    Options whose error is above eps are not on offer, but "full"; see `offered`.
+    Options whose error is above eps are not on offer, but "full", as far as the budget allows: see `search_shapes`.
 
     Raises:
         ValueError: for a budget that no choice meets, with the least that one does.
     """
     layers, heads, _ = found.errors.shape
-    return search(offered(found.errors, found.options, eps), found.density, budget * layers * heads).which
+    return search_shapes(found.errors, found.options, found.density, budget * layers * heads, eps)[0].which
 
 
 def planned(model: nn.Module, found: ShapeErrors, which: Any) -> Plan:
@@ -254,4 +256,5 @@ def planned(model: nn.Module, found: ShapeErrors, which: Any) -> Plan:
                 }
             )
         layers[name] = tuple(given)
-    return Plan(layers=layers, shapes=dict(found.shapes), model=identity(model, found.layers), heads=heads)
+    who = identity(model, found.layers)
+    return Plan(layers=layers, shapes=dict(found.shapes), model=who, causal=dict(found.causal), heads=heads)

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.patterns import Columns, Diagonals, Full, Pattern, PerHead, Queries, Window
+from regard.plan.search import Found, search
 
-__all__ = ["SHAPES", "kind_of_shape", "offered", "one_for_all", "stripes", "video_options"]
+__all__ = ["SHAPES", "kind_of_shape", "offered", "one_for_all", "search_shapes", "stripes", "video_options"]
 
 SHAPES = ("full", "diagonal", "multi-diagonal", "stripe", "skip")
 WIDTHS = (32, 16, 8)  # parts of the length, or of a frame, that a diagonal reaches to either side
@@ -44,6 +45,41 @@ def video_options(
         options["stripe"] = joined.stripes(received, max(1, length // 16))
     options["skip"] = Columns(())
     return options
+
+
+def search_shapes(
+    errors: Any, options: Sequence[str], costs: Any, budget: float | int, eps: float | int = 0.1
+) -> tuple[Found, float]:
+    """The option of each head with the least summed error within the budget, of those on offer (see `offered`).
+
+    Where so many heads must stay full that nothing meets the budget, eps is raised to the least value at which
+    something does.
+
+    Args:
+        errors: ``[layers, heads, options]``.
+        costs: ``[options]``, of a head.
+        budget: the most that all heads may cost together.
+
+    Returns:
+        (what `search` found, the eps that was used).
+
+    Raises:
+        ValueError: for a budget that no choice meets at any eps.
+    """
+    given, cost = np.asarray(errors, dtype=float), np.asarray(costs, dtype=float)
+
+    def least(limit: float) -> float:
+        return float(np.where(np.isfinite(offered(given, options, limit)), cost, np.inf).min(-1).sum())
+
+    limit = float(eps)
+    if least(limit) > budget:
+        higher = np.unique(given[given > limit])
+        low, high = 0, len(higher) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if least(higher[middle]) <= budget else (middle + 1, high)
+        limit = float(higher[low]) if len(higher) else limit
+    return search(offered(given, options, limit), cost, budget), limit
 
 
 def one_for_all(

@@ -12,14 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.models.dit import VideoDiT, sample
-from regard.plan.controls import operations_ratio, shuffled, with_options, with_patterns
+from regard.plan.baselines import bare
+from regard.plan.controls import operations_ratio, shuffled, with_patterns
 from regard.plan.options import DENSE
 from regard.plan.plan import Plan
 from regard.plan.shape_plan import ShapeErrors, plan_shapes, planned
 from regard.plan.shapes import one_for_all
 from regard.tasks.fidelity import psnr
+from regard.tasks.video_gates import asked
 
-__all__ = ["Outcome", "calibration", "compare", "rivals"]
+__all__ = ["Outcome", "calibration", "compare", "different_prompts", "rivals"]
 
 Videos = Float[Tensor, "batch channels frames height width"]
 
@@ -60,6 +62,17 @@ def calibration(
     finally:
         hook.remove()
     return seen
+
+
+def different_prompts(n: int, seed: int) -> Int[Tensor, "n words"]:
+    """n prompts of which no two are alike, of one to three objects in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[list[int]] = []
+    while len(drawn) < n:
+        words = asked(1, len(drawn) % 3 + 1, generator)[0].tolist()
+        if words not in drawn:
+            drawn.append(words)
+    return torch.tensor(drawn)
 
 
 def compare(
@@ -135,7 +148,7 @@ def rivals(
 
 
 def _dense(plan: Plan) -> Plan:
-    return with_options(plan, {name: (DENSE,) * len(given) for name, given in plan.layers.items()})
+    return bare(plan, {name: (DENSE,) * len(given) for name, given in plan.layers.items()})
 
 
 def _operations(arm: Any) -> float | None:
