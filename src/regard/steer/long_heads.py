@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,7 @@ class LongHeads:
         if own.shape not in (CAUSAL, FULL) or not call.causal or not whole:
             raise ValueError("its mask is not causality alone; padding and windows cannot be read in chunks")
         q, k = rotary.unrotate_q(call.q), rotary.unrotate_k(call.k)
-        route = ChunkRoute(**vars(self.route) | {"turn": rotary.rotate})
+        route = replace(self.route, turn=rotary.rotate)
         summary = self._summed(call, route, q, k)
         routed = route.select(q, summary, within=CAUSAL, q_start=call.q_start)
         self.chosen[call.layer] = routed
