@@ -18,7 +18,7 @@ from regard.plan.identity import identity
 from regard.plan.judge import Judge, judge_of
 from regard.plan.options import DENSE, Option
 from regard.plan.plan import Plan
-from regard.plan.record import LayerRecord, Recording, projections, record
+from regard.plan.record import LayerRecord, Recording, projections
 from regard.plan.search import search
 from regard.watch.anatomy import Anatomy
 from regard.watch.anatomy import anatomy as find_anatomy
@@ -26,14 +26,12 @@ from regard.watch.probe import quiet, run
 
 __all__ = ["plan"]
 
-TAIL = 0.05
-"""Weight of the worst queries' squared error beside the mean."""
 TRIES = 6
 """Plans that are verified on the calibration sequences at most."""
 PASSES = 5.0
 """Forward passes for each calibration sequence that planning may take; verification stops before."""
-GUESS = 25.0
-"""Error that is tried first, for each unit of the loss allowed."""
+STEP = 3.0
+"""By what factor the effect allowed changes from one verification to the next at most."""
 GAP = 0.005
 """By how much a search may miss its bound: errors are estimates."""
 
@@ -52,14 +50,15 @@ def plan(
     roles: Any = None,
     anatomy: Anatomy | None = None,
     costs: CostModel | None = None,
+    sensitivity: Literal["gradient", "error"] = "gradient",
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """What each head can leave out: a plan that meets a budget on loss or on attention time.
 
-    One dense run of each calibration sequence tries every candidate of every head (kept mass, error after the output
-    projection, seconds on this machine); a search picks one a head; the plans it finds are verified by their measured
-    loss on the same sequences. All of it takes about as long as `Plan.calibration["passes_per_sequence"]` forward
-    passes a sequence.
+    A dense run of a quarter of the calibration sequences (of each group at least one) tries every candidate of every
+    head: kept mass, error after the output projection, effect on the loss, seconds on this machine. A search picks one
+    a head, and the plans it finds are verified by their measured loss on all sequences. All of it takes as long as
+    ``calibration["passes_per_sequence"]`` forward passes for each of them.
 
     Args:
         model: in evaluation mode or not; it is run without gradients and in evaluation mode.
@@ -78,6 +77,8 @@ def plan(
             heads' own outputs.
         costs: seconds known already, as those of another plan of this model on this machine (`Plan.costs`); what is not
             among them is timed.
+        sensitivity: "gradient": a backward pass of the recorded runs says what a change of each head's output costs;
+            "error": without one (less memory), squared relative errors stand for it.
         progress: called with a line for each step.
 
     Raises:
@@ -86,15 +87,25 @@ def plan(
     """
     sequences = list(inputs)
     loss, speed, names = _check(sequences, loss, speed, groups)
+    if sensitivity not in ("gradient", "error"):
+        raise ValueError(f"sensitivity must be 'gradient' or 'error', got {sensitivity!r}")
     say = progress or (lambda line: None)
     began = time.perf_counter()
     with quiet(model):
         work = _Work(model, sequences, names, judge_of(judge, model, _dict(sequences[0])), began)
         parts = _anatomy(model, sequences[0], anatomy)
         how = {"windows": windows, "extra": tuple(patterns), "routes": routes}
-        recording = Recording(model, CostModel() if costs is None else costs, how, _roles(roles), projections(model, parts))
-        work.record(recording)
-        say(f"{len(recording.layers)} layers recorded on {len(sequences)} sequences")
+        recording = Recording(
+            model=model,
+            costs=CostModel() if costs is None else costs,
+            how=how,
+            roles=_roles(roles),
+            projections=projections(model, parts),
+            judge=work.judge,
+            gradients=sensitivity == "gradient",
+        )
+        recorded = work.record(recording)
+        say(f"{len(recording.layers)} layers recorded on {recorded} of {len(sequences)} sequences")
         problem = _Problem(list(recording.layers.values()), recording.costs)
         found = _meet_speed(problem, work, speed) if speed is not None else _meet_loss(problem, work, loss, say)
         which, harms, tries = found
@@ -180,14 +191,30 @@ class _Work:
             return inputs
         return {name: x for name, x in inputs.items() if name not in self.judge.dropped}
 
-    def record(self, recording: Recording) -> None:
-        """The dense runs."""
-        start = time.perf_counter()
-        for inputs in self.sequences:
-            counted = self.judge.counted(_dict(inputs))
-            output = record(recording, self._given(inputs), run, counted)
+    def record(self, recording: Recording) -> int:
+        """The dense runs; gives how many of them were recorded: a quarter of each group, rounded up."""
+        many = {name: -(-self.names.count(name) // 4) for name in self.names}
+        plain: list[float] = []
+        recorded = 0
+        for inputs, name in zip(self.sequences, self.names, strict=True):
+            given = self._given(inputs)
+            if many[name]:
+                many[name] -= 1
+                recorded += 1
+                output = recording.run(given, inputs)
+            else:
+                output = self._plain(given, plain)
             self.kept.append(self.judge.keep(output, inputs))
-        self.forward = (time.perf_counter() - start - recording.extra) / len(self.sequences)
+        if not plain:
+            self._plain(self._given(self.sequences[0]), plain)
+        self.forward = float(np.mean(plain))
+        return recorded
+
+    def _plain(self, given: Any, seconds: list[float]) -> Any:
+        start = time.perf_counter()
+        output = run(self.model, given)
+        seconds.append(time.perf_counter() - start)
+        return output
 
     @property
     def passes(self) -> float:
@@ -236,7 +263,7 @@ class _Problem:
         self.errors = np.full(shape, np.inf)
         self.seconds, self.calls = np.zeros(shape), np.zeros((len(self.layers), len(self.options) + 1))
         for row, layer in enumerate(self.layers):
-            own, error = layer.shape[1], _objective(layer)
+            own, error = layer.shape[1], layer.mean("effect")
             self.errors[row, own:, -1] = 0.0
             for n, option in enumerate(layer.options):
                 at = self.options.index(option)
@@ -284,7 +311,7 @@ class _Problem:
             "dense_attention_seconds": dense,
             "attention_speedup": dense / planned if planned else None,
             "kept_mass": float(np.mean(kept)),
-            "error": self.error(which),
+            "effect": self.error(which),
         }
         return made
 
@@ -300,7 +327,8 @@ class _Problem:
                         "name": tried.name,
                         "kind": tried.kind,
                         "error": float(r.mean("error")[head, n]),
-                        "worst_error": float(np.sqrt(r.mean("worst")[head, n])),
+                        "worst_error": float(r.mean("worst")[head, n]),
+                        "effect": float(r.mean("effect")[head, n]),
                         "mass": float(r.mean("mass")[head, n]),
                         "least_mass": float(r.mean("least_mass")[head, n]),
                         "seconds": self.costs.seconds(r.shape, tried, share) / share,
@@ -313,14 +341,9 @@ class _Problem:
             "role": r.roles[head],
             "given": option.name,
             "why": _why(mine, considered),
-            **{name: mine[name] for name in ("error", "worst_error", "mass", "least_mass", "seconds")},
+            **{name: mine[name] for name in ("error", "worst_error", "effect", "mass", "least_mass", "seconds")},
             "candidates": considered,
         }
-
-
-def _objective(layer: LayerRecord) -> np.ndarray:
-    """What adds up over heads: squared errors, of all queries, of those judged, and of the worst."""
-    return 0.5 * (layer.mean("square") + layer.mean("counted")) + TAIL * layer.mean("worst")
 
 
 def _why(mine: dict[str, Any], considered: list[dict[str, Any]]) -> str:
@@ -360,7 +383,7 @@ def _meet_loss(
     most = problem.most
     dense = np.array(problem.within(0.0, "error"))
     best, best_harms = dense, dict.fromkeys(work.names, 0.0)
-    low, high, budget, tries = 0.0, most, min(most, GUESS * loss), 0
+    low, high, budget, tries = 0.0, most, min(most, work.judge.guess * loss), 0
     tried: dict[bytes, float] = {}
     while tries < TRIES and budget > 1e-9 * max(most, 1e-30) and (tries < 2 or work.passes < PASSES):
         which = problem.within(budget, "error")
@@ -370,15 +393,15 @@ def _meet_loss(
         tries += 1
         worst = max(upper.values())
         tried[which.tobytes()] = worst
-        say(f"error {budget:.4g}: {', '.join(f'{n} {v:+.5f}' for n, v in means.items())} {work.judge.unit}")
+        say(f"effect {budget:.4g}: {', '.join(f'{n} {v:+.5f}' for n, v in means.items())} {work.judge.unit}")
         fits = worst <= loss
         if fits:
             best, best_harms, low = which, means, budget
         else:
             high = budget
-        # the loss grows with the error about in proportion
-        aim = budget * min(8.0, max(1 / 16, 0.8 * loss / worst)) if worst > 0 else budget * 8
-        budget = min(max(aim, low * 1.15), high * 0.87, most) if high < most or not fits else min(aim, most)
+        # the loss grows faster than the effect: half the way on a scale of logarithms
+        step = min(STEP, max(1 / STEP, (0.8 * loss / worst) ** 0.5)) if worst > 0 else STEP
+        budget = min(max(budget * step, low * 1.1), high * 0.9 if high < most or not fits else most)
         if budget <= low:
             break
     return best, best_harms, tries

@@ -16,8 +16,8 @@ from regard.plan.options import Option
 __all__ = ["CostModel", "Shape"]
 
 REPEATS = 3
-LONG = 0.05
-"""Seconds of a call of which two runs after the first do."""
+LONG = 0.02
+"""Seconds of a call of which one run after the first does."""
 
 Shape = tuple[int, int, int, int, int, int, int]
 """(batch, heads, kv_heads, q_len, kv_len, head_dim, v_dim) of a call."""
@@ -31,9 +31,10 @@ def shape_of(call: Inputs) -> Shape:
 
 @dataclass(eq=False)
 class CostModel:
-    """Seconds of one kernel call by shape, option and number of heads; between the numbers timed, straight lines.
+    """Seconds of one kernel call by shape, option and number of heads; between the numbers timed, straight lines, and
+    beyond them the last one goes on.
 
-    ``seconds(shape, option, n)``; as ``call + n * head`` for the search: a line through one head and all of them.
+    As ``call + n * head`` for the search: the line through the fewest and the most heads timed.
     """
 
     times: dict[tuple[Shape, str], dict[int, float]] = field(default_factory=dict)
@@ -41,25 +42,22 @@ class CostModel:
     spent: float = 0.0
     """Seconds that timing took."""
 
-    def time(self, call: Inputs, options: Sequence[Option]) -> None:
-        """Time what is not known yet of these options on this call.
+    def note(self, shape: Shape, option: Option, n: int, seconds: float) -> None:
+        """A call that took so long; the least of all is kept, since whatever else runs only adds."""
+        known = self.times.setdefault((shape, option.name), {})
+        known[n] = min(seconds, known.get(n, seconds))
 
-        Each option runs as a group of one head and as all heads; dense attention also at powers of two between, since
-        threads share few heads badly.
+    def time(self, call: Inputs, options: Sequence[Option]) -> None:
+        """Time what is not known yet of these options on this call: as a group of one head, and as two if dense.
+
+        Threads share few heads badly, dense ones most; what all heads take is noted where they are tried.
         """
         began, shape, heads = time.perf_counter(), shape_of(call), call.q.shape[1]
         for option in options:
-            if (shape, option.name) in self.times:
-                continue
-            counts = {1, heads}
-            if option.kind == "dense":
-                counts |= {1 << n for n in range(heads.bit_length()) if 1 << n < heads}
-            found = {}
-            for n in sorted(counts):
-                # heads from the end: no view of the model's tensors will do, as in most groups
-                group = Group(option, tuple(range(heads - n, heads)), n == heads)
-                found[n] = _best(call, group)
-            self.times[shape, option.name] = found
+            for n in (1, 2) if option.kind == "dense" else (1,):
+                if n <= heads and n not in self.times.get((shape, option.name), {}):
+                    # heads from the end: no view of the model's tensors will do, as in most groups
+                    self.note(shape, option, n, _best(call, Group(option, tuple(range(heads - n, heads)), n == heads)))
         self.spent += time.perf_counter() - began
 
     def seconds(self, shape: Shape, option: Option, n: int) -> float:
@@ -73,13 +71,17 @@ class CostModel:
         known = self.times.get((shape, option.name))
         if known is None:
             raise KeyError(f"option {option.name!r} was not timed at {shape}")
-        return float(np.interp(n, sorted(known), [known[m] for m in sorted(known)]))
+        counts = sorted(known)
+        if n > counts[-1]:
+            call, head = self.line(shape, option)
+            return call + n * head
+        return float(np.interp(n, counts, [known[m] for m in counts]))
 
     def line(self, shape: Shape, option: Option) -> tuple[float, float]:
         """``(call, head)`` with ``seconds ~ call + n * head``, both >= 0."""
         known = self.times[shape, option.name]
-        most = max(known)
-        head = max(0.0, (known[most] - known[1]) / (most - 1)) if most > 1 else known[1]
+        least, most = min(known), max(known)
+        head = max(0.0, (known[most] - known[least]) / (most - least)) if most > least else known[most] / most
         return max(0.0, known[most] - most * head), head
 
     def layer(self, shape: Shape, groups: Sequence[Group]) -> float:
@@ -106,7 +108,7 @@ class CostModel:
 
 def _best(call: Inputs, group: Group) -> float:
     taken: list[float] = []
-    while len(taken) <= (2 if taken and taken[0] > LONG else REPEATS):
+    while len(taken) <= (1 if taken and taken[0] > LONG else REPEATS):
         if call.q.device.type == "cuda":
             torch.cuda.synchronize(call.q.device)
         start = time.perf_counter()

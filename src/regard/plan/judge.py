@@ -23,6 +23,15 @@ class Judge(ABC):
     dropped: tuple[str, ...] = ()
     """Inputs that are the judge's and not the model's."""
 
+    power: int = 1
+    """What of ``g . change`` adds up over queries and heads: its size (1) or its square (2)."""
+    guess: float = 1.0
+    """Effect that is tried first, for each unit of the budget."""
+
+    def probe(self, output: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
+        """A number of the dense run whose gradient g says what a change costs; None: there is none."""
+        return None
+
     @abstractmethod
     def keep(self, output: Any, inputs: Mapping[str, Any]) -> Any:
         """What it must know of the dense run."""
@@ -33,10 +42,6 @@ class Judge(ABC):
 
     def value(self, kept: Any) -> float | None:
         """The dense run's own loss; None where there is none."""
-        return None
-
-    def counted(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Bool ``[batch, length]``, the queries whose outputs are judged; None: all."""
         return None
 
 
@@ -50,6 +55,21 @@ class TokenLoss(Judge):
 
     unit: str = "nats a token"
     dropped: tuple[str, ...] = ("labels",)
+    guess: float = 25.0  # sizes are summed as if no two changes met with opposite signs
+
+    def probe(self, output: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """The mean loss of tokens drawn from the model's own distribution, where tokens count.
+
+        Its gradients have the Fisher information for their square: they vanish nowhere, as those of a true token do
+        once the model is sure of it.
+        """
+        logits, labels = _logits(output)[:, :-1].float(), self._labels(inputs)
+        with torch.no_grad():
+            share = logits.softmax(-1).flatten(0, 1).cpu()
+            drawn = torch.multinomial(share, 1, generator=generator).view(labels.shape).to(logits.device)
+        nll = F.cross_entropy(logits.transpose(1, 2), drawn, reduction="none")
+        counts = labels >= 0
+        return (nll * counts).sum() / counts.sum()
 
     def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
         ids = inputs["input_ids"]
@@ -86,19 +106,19 @@ class TokenLoss(Judge):
         right = _logits(output)[:, :-1].argmax(-1) == labels
         return float((right | (labels < 0)).all(-1).double().mean())
 
-    def counted(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Queries that predict a token that counts, where labels say so."""
-        if inputs.get("labels") is None:
-            return None
-        counts = self._labels(inputs) >= 0
-        return F.pad(counts, (0, 1))
-
 
 @dataclass(frozen=True)
 class OutputError(Judge):
     """``|y - y_dense|^2 / |y_dense|^2`` of the model's first output tensor."""
 
     unit: str = "squared relative error of the output"
+    power: int = 2
+
+    def probe(self, output: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """``r . y / |y|`` with r drawn from N(0, 1): the mean square of its change is the relative error itself."""
+        y = self.keep(output, inputs).float()
+        drawn = torch.randn(y.shape, generator=generator).to(y.device)
+        return (drawn * y).sum() / y.detach().norm().clamp(min=1e-30)
 
     def keep(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The output."""
@@ -119,6 +139,12 @@ class LossOf(Judge):
 
     loss: Callable[[Any, Mapping[str, Any]], Any]
     unit: str = "of the loss given"
+    guess: float = 25.0
+
+    def probe(self, output: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
+        """The loss, where it is a tensor that can be differentiated."""
+        found = self.loss(output, inputs)
+        return found if isinstance(found, Tensor) and found.requires_grad and found.numel() == 1 else None
 
     def keep(self, output: Any, inputs: Mapping[str, Any]) -> float:
         """The dense run's loss."""
