@@ -179,6 +179,22 @@ def test_gates_train_routers_of_a_frozen_model(llama):
     assert gates.sparse.tolist() == [0, 0, 0, 0]
 
 
+def test_without_noise_gates_take_what_the_prompt_prefers(llama):
+    ids = torch.randint(1, 32, (4, 15), generator=seeded())
+    made = router(pooled=4)
+    with torch.no_grad():
+        made.decide[-1].weight.normal_(std=50, generator=seeded(1))
+        made.decide[-1].bias.zero_()
+        asked = torch.tensor([9, 9, 12, 12])
+        with LayerGates(llama, {LAYERS[0]: made}, tau=None, asked=asked) as gates:
+            llama(input_ids=ids, use_cache=False)
+        first = gates.sparse
+        for b, n in enumerate(asked.tolist()):
+            with LayerGates(llama, {LAYERS[0]: made}, tau=None) as gates:
+                llama(input_ids=ids[b : b + 1, :n], use_cache=False)
+            assert gates.sparse.item() == first[b].item()
+
+
 def test_gates_on_our_own_decoder_and_what_they_refuse(llama):
     torch.manual_seed(0)
     model = Decoder(32, 32, 2, 4)

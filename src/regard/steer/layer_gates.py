@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.layers.layer_router import LayerRouter
+from regard.layers.layer_router import FULL, LayerRouter
 from regard.watch.call import Call
 from regard.watch.own_mask import own_mask
 from regard.watch.seam import Seam
@@ -27,7 +27,7 @@ class LayerGates:
     Args:
         model: the module that is called.
         routers: by the names of attention modules.
-        tau: temperature of the gates.
+        tau: temperature of the gates; None: no noise, each layer takes what its router prefers.
         asked: tokens of context and question in each sample; what follows is never pooled. None: all.
         generator: of the noise, on the CPU; None: the global one.
 
@@ -41,7 +41,7 @@ class LayerGates:
         model: nn.Module,
         routers: Mapping[str, LayerRouter],
         *,
-        tau: float = 1.0,
+        tau: float | None = 1.0,
         asked: Int[Tensor, "batch"] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -79,6 +79,10 @@ class LayerGates:
                 f"layer {call.layer!r}: gates take whole sequences, without cached keys, padding or added scores; "
                 "batch sequences of one length"
             )
-        z = router.sample(router.logits(call.q, self.asked), self.tau, self.generator)
+        logits = router.logits(call.q, self.asked)
+        if self.tau is None:
+            z = (logits.argmax(-1) == FULL).to(logits)
+        else:
+            z = router.sample(logits, self.tau, self.generator)
         self.gates[call.layer] = z
         return router.mixed(z, call.q, call.k, call.v, within=own.shape, q_start=0, scale=call.scale)
