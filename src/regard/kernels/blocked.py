@@ -16,11 +16,12 @@ from torch.autograd.function import FunctionCtx
 
 from regard.kernels import blocked_flash, blocked_math, routed_math
 from regard.kernels.blocked_plan import FULL
-from regard.kernels.blocked_routed import in_slots, serves
+from regard.kernels.blocked_routed import in_slots, serves, slot_heads
 from regard.kernels.blocked_strips import Call, strips
 from regard.kernels.normalize import Softmax
 from regard.kernels.request import Request
-from regard.kernels.routed_tiles import Tiles
+from regard.kernels.routed_tiles import Tiles, make_tiles
+from regard.patterns.decided import Routed
 
 __all__ = ["describe", "refuses", "run"]
 
@@ -86,6 +87,8 @@ def describe(request: Request) -> dict[str, Any]:
             "operations": 2 * (r.head_dim + r.v_dim) * pairs,
             "bytes": sum(x.numel() * x.element_size() for x in (r.q, r.k, r.v)) + outputs,
         }
+    if serves(r.pattern):
+        return _describe_routed(r, r.pattern)
     pairs = listed = full = moved = 0
     order = set()
     block = set()
@@ -111,6 +114,23 @@ def describe(request: Request) -> dict[str, Any]:
         "computed": pairs,
         "operations": 2 * (r.head_dim + r.v_dim) * pairs,
         "bytes": inputs + outputs + moved,
+    }
+
+
+def _describe_routed(r: Request, routed: Routed) -> dict[str, Any]:
+    tiles = make_tiles(routed, r.batch, r.heads, slot_heads(routed, r.heads, r.kv_heads))
+    width = (r.head_dim + r.v_dim) * r.q.element_size()
+    own = r.batch * (r.heads * r.q_len + r.kv_heads * r.kv_len) * width  # q and out, k and v
+    listed, full = tiles.listed
+    return {
+        "kernel": "flash attention of the CPU" if _fused(r) else "plain PyTorch",
+        "order": "slots" if routed.ordered else "memory order",
+        "block": [routed.block],
+        "blocks": listed,
+        "full": full,
+        "computed": tiles.pairs,
+        "operations": 2 * (r.head_dim + r.v_dim) * tiles.pairs,
+        "bytes": own + 4 * r.batch * r.heads * r.q_len + 2 * tiles.gathered * width,
     }
 
 

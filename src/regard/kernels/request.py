@@ -16,7 +16,7 @@ from regard.patterns.decided import Routed
 from regard.patterns.pattern import Pattern
 from regard.patterns.static import Full
 
-__all__ = ["Request", "make_request"]
+__all__ = ["Request", "kept_layout", "make_request"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +118,14 @@ class Request:
         block = (block, block) if isinstance(block, int) else block
         if self.layout is not None and self.layout.block == block:
             return self.layout
-        return _kept_layout(self.pattern, self.q_len, self.kv_len, block, self.q_start)
+        return kept_layout(self.pattern, self.q_len, self.kv_len, block, self.q_start)
 
 
 _KEPT: OrderedDict[Any, Any] = OrderedDict()
 _KEPT_BYTES = 1 << 28
 
 
-def _kept_layout(pattern: Pattern, q_len: int, kv_len: int, block: tuple[int, int], q_start: int) -> Any:
+def kept_layout(pattern: Pattern, q_len: int, kv_len: int, block: tuple[int, int], q_start: int) -> Any:
     """Layouts by value of the pattern, the latest used of them, `_KEPT_BYTES` in all."""
     try:
         key = (pattern, q_len, kv_len, block, q_start)

@@ -76,6 +76,12 @@ class Kinds:
             kind[left] = self._look(pattern or Full(), rows[left], cols[left])
         return kind
 
+    def adopt(self, kind: np.ndarray, bits: Tensor) -> np.ndarray:
+        """Kinds that another gave, whose masks are `bits`, in the numbers of this one."""
+        self.bits.append(bits)
+        self.kept += len(bits)
+        return np.where(kind >= 0, kind + self.kept - len(bits), kind)
+
     def masks(self, kinds: np.ndarray) -> Tensor:
         """Bool ``[*kinds, bq, bk]``: what each block allows; FULL is all."""
         bq, bk = self.q.tokens.shape[1], self.k.tokens.shape[1]

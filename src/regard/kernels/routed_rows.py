@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regard.kernels.routed_keep import Entries, kept_entries
 from regard.kernels.routed_kinds import ABSENT, FULL, Kinds, Places
 from regard.patterns import states as st
 from regard.patterns.decided import Routed
@@ -96,6 +97,11 @@ class Batch(ABC):
     def may_be_empty(self) -> bool:
         """Whether the masks may leave a query no key."""
 
+    @property
+    @abstractmethod
+    def listed(self) -> tuple[int, int]:
+        """Blocks (single keys, where there are no blocks) of all tiles, and those that need no mask."""
+
     @abstractmethod
     def keys(self, tiles: slice) -> Tensor:
         """int64 ``[tiles, n / unit]``: numbers of blocks of `unit` tokens (of slots, where ordered)."""
@@ -134,6 +140,11 @@ class BlockBatch(Batch):
     def may_be_empty(self) -> bool:
         """Whether no block is without a mask."""
         return self.kinds.shape[1] == self.blocks.shape[1]
+
+    @property
+    def listed(self) -> tuple[int, int]:
+        """All blocks, and those before the last p."""
+        return self.blocks.numel(), self.blocks.numel() - len(self) * self.kinds.shape[1]
 
     def keys(self, tiles: slice) -> Tensor:
         """Block numbers, or tokens, in which the places past the end repeat the last token."""
@@ -187,7 +198,7 @@ def block_batches(routed: Routed, units: Units) -> list[Batch]:
         return kinds.of(pattern, q_row[unit] * n_rows + at % max(n_rows, 1), k_row[unit] * n_cols + to)
 
     kind = np.empty(len(rows), np.int64)
-    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    kept: list[Entries] = []
     edges = np.searchsorted(rows, np.arange(units.lists + 1) * n_rows)
     for (within, keep), members in classes(routed, units).items():
         if len(members) == units.lists:
@@ -197,7 +208,7 @@ def block_batches(routed: Routed, units: Units) -> list[Batch]:
             kind[at] = kind_of(within, rows[at], cols[at])
         if keep is not None:
             inside = keep if within is None else keep & within
-            kept += _kept(routed, inside, members, rows, cols, kind_of)
+            kept.append(kept_entries(inside, routed, (bq, bk), members, (rows, cols), kinds, kind_of))
     there = kind != ABSENT
     parts = [(rows[there], cols[there], kind[there]), *kept] if kept or not there.all() else [(rows, cols, kind)]
     return _batches(_assembled(parts, len(count)), kinds, (bq, bk), slots(routed)[1])
@@ -234,31 +245,6 @@ def classes(routed: Routed, units: Units) -> dict[tuple[Pattern | None, Pattern 
     return found
 
 
-def _kept(
-    routed: Routed, keep: Pattern, members: list[int], rows: np.ndarray, cols: np.ndarray, kind_of: object
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of ``keep`` that are not listed, and what of them it allows."""
-    n_rows, n_cols = routed.n_rows, routed.n_columns
-    if routed.ordered:
-        i, j = (x.reshape(-1) for x in np.indices((n_rows, n_cols)))
-    else:
-        from regard.kernels.request import _kept_layout
-
-        layout = _kept_layout(keep, routed.q_len, routed.kv_len, sizes(routed), routed.q_start)
-        i, j = layout.rows.numpy(), layout.indices.numpy().astype(np.int64)
-    unit = np.asarray(members, np.int64)[:, None]
-    at, to = (unit * n_rows + i).reshape(-1), np.broadcast_to(j, (len(members), len(j))).reshape(-1)
-    code, have = at * n_cols + to, rows * n_cols + cols
-    if len(have):
-        where = np.minimum(np.searchsorted(have, code), len(have) - 1)
-        new = have[where] != code
-        at, to = at[new], to[new]
-    assert callable(kind_of)
-    kind = kind_of(keep, at, to)
-    there = kind != ABSENT
-    return [(at[there], to[there], kind[there])]
-
-
 @dataclass(frozen=True, eq=False)
 class _Rows:
     """Blocks row by row, those under a mask last."""
@@ -269,7 +255,7 @@ class _Rows:
     partial: np.ndarray  # [rows] how many are under a mask
 
 
-def _assembled(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], n: int) -> _Rows:
+def _assembled(parts: list[Entries], n: int) -> _Rows:
     """The parts, each sorted by row, as one table; nothing is sorted."""
     split = [tuple(x[m] for x in part) for full in (True, False) for part in parts for m in [(part[2] == FULL) == full]]
     counts = np.array([np.bincount(part[0], minlength=n) for part in split])

@@ -54,6 +54,12 @@ class SpanBatch(Batch):
         """Whether a query of a row may see less than the others."""
         return self.spans is not None
 
+    @property
+    def listed(self) -> tuple[int, int]:
+        """All keys, and those of rows whose queries see the same."""
+        keys = int(self.counts.sum())
+        return keys, keys if self.spans is None else 0
+
     def keys(self, tiles: slice) -> Tensor:
         """The keys of the intervals one after the other; padding repeats the last."""
         lo, hi = self.sets[tiles].unbind(-1)

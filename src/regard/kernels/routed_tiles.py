@@ -67,6 +67,18 @@ class Tiles:
         each = self.units.strips // self.units.lists * self.units.shared
         return each * sum(len(b) * b.size * b.n for b in self.batches)
 
+    @property
+    def gathered(self) -> int:
+        """Keys that are copied together, over all kv heads."""
+        return self.units.strips // self.units.lists * sum(len(b) * b.n for b in self.batches)
+
+    @property
+    def listed(self) -> tuple[int, int]:
+        """Blocks over all query heads and samples, and those that need no mask."""
+        each = self.units.strips // self.units.lists * self.units.shared
+        found = [b.listed for b in self.batches]
+        return each * sum(n for n, _ in found), each * sum(full for _, full in found)
+
     @cached_property
     def _strips(self) -> tuple[Tensor, Tensor]:
         """The strips of each list ``[lists, strips of each]``, and the flat kv head of each strip."""
@@ -79,16 +91,18 @@ class Tiles:
         for batch in self.batches:
             step = max(1, room(batch))
             shared = None if batch.masked else _on(batch.allow(slice(0, 1)), device)
+            lists, row = batch.rows // self.n_rows, batch.rows % self.n_rows
+            strip = strips[lists].T.contiguous()  # [strips of each list, tiles]
+            tiles, base = strip * self.n_rows + row, kv[strip] * (self.kv_slots // batch.unit)
+            even = (tiles.diff() == 1).all(1).tolist()
             for lo in range(0, len(batch), step):
                 at = slice(lo, min(lo + step, len(batch)))
-                rows, keys = batch.rows[at], batch.keys(at)
+                keys = batch.keys(at)
                 allow = _on(batch.allow(at), device) if batch.masked else shared
-                lists, row = rows // self.n_rows, rows % self.n_rows
-                for n in range(strips.shape[1]):
-                    strip = strips[lists, n]
-                    tiles = strip * self.n_rows + row
-                    flat = keys + (kv[strip] * (self.kv_slots // batch.unit))[:, None]
-                    yield Chunk(batch, _as_slice(tiles, device), strip, row, flat, allow)
+                for n, follow in enumerate(even):
+                    first = int(tiles[n, lo])
+                    here = slice(first, first + at.stop - lo) if follow else tiles[n, at].to(device)
+                    yield Chunk(batch, here, strip[n, at], row[at], keys + base[n, at, None], allow)
 
     def tokens(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample ``[tiles]``, heads ``[tiles, shared]``, queries (from 0) ``[tiles, shared, size]`` and keys
@@ -130,14 +144,6 @@ def _tokens(order: Tensor, heads: int, b: Tensor, h: Tensor, slot: Tensor) -> Te
 
 def _on(x: Tensor | None, device: torch.device) -> Tensor | None:
     return None if x is None else x.to(device)
-
-
-def _as_slice(x: Tensor, device: torch.device) -> Tensor | slice:
-    """Consecutive numbers as a slice."""
-    first, last = int(x[0]), int(x[-1])
-    if last - first == len(x) - 1 and bool((x.diff() == 1).all()):
-        return slice(first, last + 1)
-    return x.to(device)
 
 
 def make_tiles(routed: Routed, batch: int, heads: int, kv_heads: int) -> Tiles:
