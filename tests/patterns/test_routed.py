@@ -245,13 +245,19 @@ def qk(batch=2, heads=4, kv_heads=2, q_len=21, kv_len=21, dim=8, dtype=torch.flo
 
 def chosen_by_hand(q, k, block, n, heads, within, start):
     """Sets of blocks of each sample, decision and row, from loops."""
-    (bq, bk), group = block, q.shape[1] // k.shape[1]
+    (bq, bk), group, every = block, q.shape[1] // k.shape[1], torch.arange(k.shape[2])
     out = []
     for b in range(q.shape[0]):
-        per_head_ = [
-            [[float(rows.mean(0) @ keys.mean(0)) for keys in k[b, h // group].split(bk)] for rows in q[b, h].split(bq)]
-            for h in range(q.shape[1])
-        ]
+        per_head_ = []
+        for h in range(q.shape[1]):
+            per_head_.append([])
+            for r, rows in enumerate(q[b, h].split(bq)):
+                # keys up to the last one that the row may see
+                i = torch.arange(start + r * bq, start + r * bq + len(rows))
+                seen = torch.ones(len(i), k.shape[2]) if within is None else within.allows(i[:, None], every[None])
+                end = int(seen.expand(len(i), -1).nonzero()[:, 1].max()) + 1 if seen.any() else k.shape[2]
+                blocks_ = [keys[: max(end - j * bk, 1)] for j, keys in enumerate(k[b, h // group].split(bk))]
+                per_head_[h].append([float(rows.mean(0) @ keys.mean(0)) for keys in blocks_])
         scores = torch.tensor(per_head_, dtype=torch.float64)
         if heads == "kv":
             scores = scores.view(-1, group, *scores.shape[1:]).mean(1)
@@ -307,8 +313,9 @@ def test_a_summary_appended_to_is_the_summary_of_all(parts, size, half):
         summary = route.summarize(part, past=summary)
     whole = route.summarize(k)
     assert summary.length == whole.length == sum(parts)
-    for name in whole.parts:
+    for name in ("mean", "tail"):
         assert torch.equal(summary[name], whole[name]), name
+    assert torch.equal(route.settle(summary)["recent"], summary["tail"])
     assert route.select(q, summary).equal(route(q, k))
     assert summary.nbytes > 0
 
@@ -388,7 +395,7 @@ def test_arguments_of_block_topk():
     assert BlockTopK(4, select=topk(2)) != BlockTopK(4, select=ratio(0.5))
     assert hash(BlockTopK(4, select=topk(2)) & Causal())
     assert BlockTopK(4, select=topk(2)).with_select(above(0.5)).rule == above(0.5)
-    assert BlockTopK((2, 4), select=topk(2)).cost(10, 21, 8) == (10 + 21 + 5 * 6) * 8
+    assert BlockTopK((2, 4), select=topk(2)).cost(10, 21, 8) == (10 + 42 + 5 * 6) * 8
 
 
 def test_refresh():
@@ -409,6 +416,7 @@ def test_refresh():
     assert not torch.equal(decided[0], decided[3])
     assert every.cost(1, 32, 8) == -(-route.cost(1, 32, 8) // 3)
     every.reset()
+    summary = route.summarize(k)
     assert every.select(q, summary, q_start=0).equal(route.select(q, summary, q_start=0))
     longer = every.select(q[:, :, :5], summary)  # other rows: decided
     assert longer.equal(route.select(q[:, :, :5], summary))
@@ -434,3 +442,27 @@ def test_patterns_as_plain_values():
     with pytest.raises(ValueError, match=r"'Evil' is no class of regard.patterns"):
         from_plain({"Evil": {}})
     assert isinstance(from_plain({"Sinks": {"n": 2}}), Pattern)
+
+
+@given(st.sampled_from(["each", "kv", "all"]), st.sampled_from([Causal(), Window(6), Window(3, 2)]), st.booleans())
+def test_a_prompt_decides_as_its_tokens_would_one_by_one(heads, within, centre):
+    q, k = qk(q_len=21, kv_len=21)
+    route = BlockTopK((1, 4), select=topk(2), heads=heads, within=within, centre_k=centre)
+    whole = route(q, k)
+    ahead = getattr(within, "right", 0)
+    for n in range(1, 22):
+        seen = min(n + ahead, 21)  # what the query may see at all
+        one = route(q[:, :, n - 1 : n], k[:, :, :seen], q_start=n - 1)
+        a, b = whole.index[:, :, n - 1], one.index[:, :, 0]
+        width = max(a.shape[2], b.shape[2])
+        a, b = (torch.nn.functional.pad(x, (0, width - x.shape[2]), value=-1) for x in (a, b))
+        assert torch.equal(a, b)
+
+
+def test_a_summary_that_no_longer_knows_the_keys_says_so():
+    q, k = qk()
+    route = BlockTopK((1, 4), select=topk(2), within=Causal())
+    summary = route.summarize(k[:, :, 17:], past=route.summarize(k[:, :, :17]))
+    assert route.select(q[:, :, 16:], summary).equal(route(q[:, :, 16:], k))
+    with pytest.raises(ValueError, match="the summary knows the keys before 16 as whole blocks alone"):
+        route.select(q, summary)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.patterns.candidates import candidates
+from regard.patterns.candidates import candidates, last_keys
 from regard.patterns.decided import Routed, both
 from regard.patterns.layout import block_size
 from regard.patterns.order import Order
@@ -18,12 +18,16 @@ from regard.patterns.pattern import Pattern, resolve_q_start
 from regard.patterns.routed import Route, Summary
 from regard.patterns.select import Select, pool_blocks
 
-__all__ = ["BlockTopK", "pooled_scores"]
+__all__ = ["BlockTopK", "pooled_scores", "row_scores"]
 
 
 @dataclass(frozen=True, init=False)
 class BlockTopK(Route):
     """Score of a pair of blocks: ``scale * mean(q) . mean(k)``; the select takes key blocks for each query block.
+
+    The mean of a key block is over its keys up to the last one that the query block may see: the block in which a
+    causal query stands is scored by what has been, not by what will be. So with one query in a row a prompt decides as
+    decoding would, token by token; longer rows share the mean of their queries.
 
     The route of BiFormer (arXiv 2303.08810), SLA (2509.24006) and Rectified SpaAttn (2511.19835), with other arguments.
 
@@ -82,12 +86,16 @@ class BlockTopK(Route):
         return narrowed
 
     def summarize(self, k: Float[Tensor, "batch kv_heads length head_dim"], *, past: Summary | None = None) -> Summary:
-        """``mean``: of each whole block; ``tail``: the keys of the unfinished one. With an order, means of all."""
+        """``mean``: of each whole block; ``tail``: keys of the unfinished one; ``recent``: those of every block that
+        holds one of these k. With an order, means of all.
+        """
         if self.order is not None:
             if past is not None:
                 raise ValueError("a route with an order decides on the whole sequence: past= cannot be appended to")
+            if k.shape[2] != self.order.n:
+                raise ValueError(f"order is of {self.order.n} tokens, got {k.shape[2]} keys")
             means = pool_blocks(k, self.block[1], order=self.order)
-            return Summary(k.shape[2], {"mean": means, "tail": k[:, :, :0]})
+            return Summary(k.shape[2], {"mean": means, "tail": k[:, :, :0], "recent": k[:, :, :0]})
         size = self.block[1]
         old = 0 if past is None else past.length
         keys = k if past is None else torch.cat([past["tail"].to(k.dtype), k], 2)
@@ -95,7 +103,11 @@ class BlockTopK(Route):
         means = pool_blocks(keys[:, :, :whole], size)
         if past is not None:
             means = torch.cat([past["mean"], means], 2)
-        return Summary(old + k.shape[2], {"mean": means, "tail": keys[:, :, whole:].clone()})
+        return Summary(old + k.shape[2], {"mean": means, "tail": keys[:, :, whole:].clone(), "recent": keys})
+
+    def settle(self, summary: Summary) -> Summary:
+        """Without ``recent``, which only queries beside these keys need."""
+        return Summary(summary.length, {**summary.parts, "recent": summary["tail"]})
 
     def select(
         self,
@@ -111,7 +123,7 @@ class BlockTopK(Route):
         start = resolve_q_start(q_len, kv_len, q_start)
         if self.order is not None and (q_len, kv_len, start) != (self.order.n, self.order.n, 0):
             raise ValueError(f"order is of {self.order.n} tokens, got q_len={q_len}, kv_len={kv_len}, q_start={start}")
-        scores = self.scores(q, summary)
+        scores = self.scores(q, summary, within, start)
         may = candidates(within, q_len, kv_len, self.block, q_start=start, decisions=scores.shape[1], order=self.order,
                          device=q.device)  # fmt: skip
         index, count = self.rule(scores.detach().masked_fill(~may, -torch.inf))
@@ -123,28 +135,77 @@ class BlockTopK(Route):
         )  # fmt: skip
 
     def scores(
-        self, q: Float[Tensor, "batch heads q_len head_dim"], summary: Summary
+        self,
+        q: Float[Tensor, "batch heads q_len head_dim"],
+        summary: Summary,
+        within: Pattern | None = None,
+        q_start: int | None = None,
     ) -> Float[Tensor, "batch decisions rows columns"]:
-        """The score of every pair of blocks; differentiable, float32 or float64."""
+        """The score of every pair of blocks, candidate or not; differentiable, float32 or float64."""
         means, tail = summary["mean"], summary["tail"]
         if tail.shape[2]:
             means = torch.cat([means, pool_blocks(tail, self.block[1])], 2)
-        if self.centre_k:
-            sizes = torch.full((means.shape[2], 1), self.block[1], device=means.device, dtype=means.dtype)
-            if self.order is not None:
-                real = (self.order.forward >= 0).to(means)
-                sizes = torch.nn.functional.pad(real, (0, -len(real) % self.block[1])).view(-1, self.block[1]).sum(1)
-                sizes = sizes[:, None]
-            elif tail.shape[2]:
-                sizes[-1] = tail.shape[2]
-            means = means - (means * sizes).sum(2, keepdim=True) / summary.length
         pooled = pool_blocks(q, self.block[0], order=self.order)
-        return pooled_scores(pooled, means, self.heads, 1 / sqrt(q.shape[3]) if self.scale is None else self.scale)
+        scale = 1 / sqrt(q.shape[3]) if self.scale is None else float(self.scale)
+        centre = self._centre(means, summary.length) if self.centre_k else None
+        scores = pooled_scores(pooled, means if centre is None else means - centre, self.heads, scale)
+        if within is None or self.order is not None:
+            return scores
+        start = resolve_q_start(q.shape[2], summary.length, q_start)
+        last = last_keys(within, q.shape[2], summary.length, self.block, q_start=start, decisions=scores.shape[1],
+                         device=q.device)  # fmt: skip
+        return self._cut(scores, pooled, last, summary, centre, scale)
+
+    def _centre(self, means: Tensor, length: int) -> Tensor:
+        """The mean of all keys, from those of the blocks."""
+        sizes = torch.full((means.shape[2], 1), self.block[1], device=means.device, dtype=means.dtype)
+        if self.order is not None:
+            real = (self.order.forward >= 0).to(means)
+            sizes = (
+                torch.nn.functional.pad(real, (0, -len(real) % self.block[1])).view(-1, self.block[1]).sum(1)[:, None]
+            )
+        elif length % self.block[1]:
+            sizes[-1] = length % self.block[1]
+        return (means * sizes).sum(2, keepdim=True) / length
+
+    def _cut(
+        self, scores: Tensor, pooled: Tensor, last: Tensor, summary: Summary, centre: Tensor | None, scale: float
+    ) -> Tensor:
+        """Scores in which the last block that a row may see counts up to the last key ``last[..., row]`` of it."""
+        size, length = self.block[1], summary.length
+        column = last.clamp(min=0) // size
+        cut = (last >= 0) & (last + 1 < ((column + 1) * size).clamp(max=length))
+        if not bool(cut.any()):
+            return scores
+        recent, first = summary["recent"], length - summary["recent"].shape[2]
+        if int(last[cut].min()) < first:
+            raise ValueError(
+                f"the summary knows the keys before {first} as whole blocks alone, and queries that see a part of one "
+                "of them cannot be decided for: select for the queries of the keys that were last summarized"
+            )
+        # sums inside each block, up to each of its keys
+        keys = recent if recent.dtype == torch.float64 else recent.float()
+        keys = torch.nn.functional.pad(keys, (0, 0, 0, -keys.shape[2] % size)).unflatten(2, (-1, size))
+        at = torch.where(cut, last - first, 0)
+        lead = (keys.shape[0], last.shape[1])
+        at, cut, column = (x.expand(lead[0], *x.shape[1:]) for x in (at, cut, column))
+        # keys of each decision's rows: [batch, kv_heads, rows, dim] where all are alike, else one for each decision
+        sums = keys.cumsum(3).flatten(2, 3)
+        if lead[1] > 1 and lead[1] != sums.shape[1]:
+            sums = sums.repeat_interleave(lead[1] // sums.shape[1], 1)
+        rows = at[..., None].expand(-1, sums.shape[1], -1, sums.shape[3])
+        own = sums.gather(2, rows) / (at % size + 1)[..., None]
+        if centre is not None:
+            own = own - (centre.repeat_interleave(own.shape[1] // centre.shape[1], 1))
+        exact = row_scores(pooled, own, self.heads, scale)
+        rows = column.expand(-1, exact.shape[1], -1)[..., None]
+        value = torch.where(cut, exact, scores.gather(3, rows)[..., 0])
+        return scores.scatter(3, rows, value[..., None])
 
     def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:
-        """Two poolings, and the products of the means."""
+        """Two poolings, sums inside blocks, and the products of the means."""
         rows, columns = -(-q_len // self.block[0]), -(-kv_len // self.block[1])
-        return (q_len + kv_len + rows * columns) * head_dim
+        return (q_len + 2 * kv_len + rows * columns) * head_dim
 
 
 def pooled_scores(q: Any, k: Any, heads: Literal["each", "kv", "all"], scale: float | int = 1.0) -> Tensor:
@@ -160,3 +221,11 @@ def pooled_scores(q: Any, k: Any, heads: Literal["each", "kv", "all"], scale: fl
     if heads == "kv":
         return grouped.mean(2) @ k.transpose(-1, -2)
     return (grouped.sum(2) @ k.transpose(-1, -2)).sum(1, keepdim=True)
+
+
+def row_scores(q: Tensor, k: Tensor, heads: Literal["each", "kv", "all"], scale: float | int = 1.0) -> Tensor:
+    """As `pooled_scores`, of each row with a key of its own: k is ``[batch, kv_heads or heads, rows, dim]``."""
+    dots = (q.unflatten(1, (k.shape[1], -1)) * k[:, :, None].to(q.dtype)).sum(-1) * scale
+    if heads == "each":
+        return dots.flatten(1, 2)
+    return dots.mean(2) if heads == "kv" else dots.sum((1, 2))[:, None]

@@ -55,6 +55,10 @@ class Route(ABC):
         """What deciding needs of the keys; with ``past``, k holds the keys after those. Equal to summarizing them all
         at once."""
 
+    def settle(self, summary: Summary) -> Summary:
+        """What is needed of a summary to append to it, and to select for queries after its keys; by default all."""
+        return summary
+
     @abstractmethod
     def select(
         self,
@@ -184,6 +188,10 @@ class Refresh(Route):
         self._calls += 1
         self._last, self._lead = last, lead
         return last
+
+    def settle(self, summary: Summary) -> Summary:
+        """The route's."""
+        return self.route.settle(summary)
 
     def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:
         """The route's, divided by ``every``, rounded up."""

@@ -109,7 +109,8 @@ def attend_route(
     for n, part in enumerate(stretches(call, own, keep)):
         mine, keys, values = q[part.samples, :, part.rows], k[part.samples, :, part.keys], v[part.samples, :, part.keys]
         whole = keys.shape == call.k.shape and k is call.k
-        own_route, summary = summaries.of((call.layer, call.index, n), route, keys, call, whole)
+        queries = 0 if call.kind == "cross" else mine.shape[2]
+        own_route, summary = summaries.of((call.layer, call.index, n), route, keys, call, queries, whole)
         routed = own_route.select(mine, summary, within=part.within, q_start=part.q_start)
         found = attend(
             mine, keys, values, routed, q_start=part.q_start, bias=part.bias, scale=call.scale, backend=backend

@@ -83,16 +83,19 @@ class Summaries:
             if known.held is not None:
                 known.held.look(self._forward)
 
-    def of(self, name: Hashable, route: Route, k: Tensor, call: Call, whole: bool = True) -> tuple[Route, Summary]:
-        """``(route, summary)`` of the keys ``k [batch, kv_heads, length, head_dim]`` of a call.
+    def of(
+        self, name: Hashable, route: Route, k: Tensor, call: Call, queries: int, whole: bool = True
+    ) -> tuple[Route, Summary]:
+        """``(route, summary)`` of the keys ``k [batch, kv_heads, length, head_dim]`` of a call, for its last queries.
 
         The route given back is the one to select with: a route with a state has its own for each name, a new one where
-        the keys are not those it knew. ``whole``: k is all that the call's cache holds, for all samples.
+        the keys are not those it knew. ``queries``: how many of the keys are those of the call's own tokens, which
+        must be new. ``whole``: k is all that the call's cache holds, for all samples.
         """
         layer = _layer(call) if whole else None
         known = self._known.get(name)
         new = self._new_keys(known, k, layer) if known is not None else None
-        if known is None or new is None:
+        if known is None or new is None or new.shape[2] < queries:
             self.made += 1
             known = _Known(route.fresh(), route.summarize(k), None, [])
             new = k
@@ -104,6 +107,8 @@ class Summaries:
             self._known.pop(name, None)
             return known.route, known.summary
         known.held = _Held(layer) if layer is not None else None
+        found = known.summary
+        known.summary = known.route.settle(found) if queries else found
         if known.held is not None:
             known.copies = []
         elif new.shape[2]:
@@ -112,7 +117,7 @@ class Summaries:
             if len(known.copies) > CHUNKS:
                 known.copies = [torch.cat(known.copies, 2)]
         self._known[name] = known
-        return known.route, known.summary
+        return known.route, found
 
     def _new_keys(self, known: _Known, k: Tensor, layer: Any) -> Tensor | None:
         """The keys after those that are known; None where it cannot be appended to."""
