@@ -57,7 +57,6 @@ class TrainSize(StrEnum):
     smoke = "smoke"
     full = "full"
     long = "long"
-    longer = "longer"
 
 
 class Status(StrEnum):
@@ -480,13 +479,11 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
     size: Annotated[
         TrainSize,
-        typer.Option(
-            help="smoke: tiny, in seconds; full: the whole; long, longer: of the decoder, on to 8,192 tokens."
-        ),
+        typer.Option(help="smoke: tiny, in seconds; full: the whole; long: of the decoder, on to 8,192 tokens."),
     ] = TrainSize.full,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the recipe's.")] = None,
-    start: Annotated[str | None, typer.Option(help="Folder of the weights that long and longer go on from.")] = None,
+    start: Annotated[str | None, typer.Option(help="Folder of the weights that size long goes on from.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a testbed from scratch; interrupted, the same command goes on from its checkpoint."""

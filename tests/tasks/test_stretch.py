@@ -41,7 +41,7 @@ def test_positions_that_do_not_fit(how, said):
 
 
 def test_a_batch_is_a_function_of_the_step_and_the_seed():
-    mixture = stretch.StretchMixture(stretch.STRETCHES["long"], 3)
+    mixture = stretch.StretchMixture(stretch.STRETCH, 3)
     lengths = set()
     for step in (0, 1, 2, 455, 460, 470, 700, 701, 702, 703):
         a, b = mixture(step), mixture(step)
@@ -55,9 +55,7 @@ def test_a_batch_is_a_function_of_the_step_and_the_seed():
         assert a.weights[:, 1:].sum() > 0
         lengths.add(length)
     assert max(lengths) >= 4096
-    assert not torch.equal(
-        mixture(0).input_ids[:, :9], stretch.StretchMixture(stretch.STRETCHES["long"], 4)(0).input_ids[:, :9]
-    )
+    assert not torch.equal(mixture(0).input_ids[:, :9], stretch.StretchMixture(stretch.STRETCH, 4)(0).input_ids[:, :9])
 
 
 def test_jumps_begin_no_new_document():
@@ -97,7 +95,7 @@ def test_the_second_training_goes_on_from_the_first(tmp_path):
     decoder.build(decoder.SIZES["smoke"], seed=0).save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="start must name what size 'full' wrote"):
         testbeds.train("decoder", tmp_path / "x", size="long")
-    with pytest.raises(ValueError, match="start goes with sizes 'long' and 'longer'"):
+    with pytest.raises(ValueError, match="start goes with size 'long'"):
         testbeds.train("decoder", tmp_path / "x", size="smoke", start=tmp_path / "base")
     with pytest.raises(ValueError, match=r"size of 'maps' must be one of full, smoke, got 'long'"):
         testbeds.train("maps", tmp_path / "x", size="long")
@@ -108,8 +106,8 @@ def test_a_shorter_second_training(tmp_path, monkeypatch):
 
     start = decoder.build(decoder.SIZES["smoke"], seed=0)
     start.save_pretrained(tmp_path / "base")
-    short = replace(stretch.STRETCHES["long"], tokens=256, stages=(stretch.Stage(10**9, (256,), reach=1024),))
-    monkeypatch.setitem(stretch.STRETCHES, "long", short)
+    short = replace(stretch.STRETCH, tokens=256, stages=(stretch.Stage(10**9, (256,), reach=1024),))
+    monkeypatch.setattr(stretch, "STRETCH", short)
     monkeypatch.setattr(decoder, "Evaluation", lambda **_: None)
     monkeypatch.setattr("regard.tasks.gates.gates", lambda model, long: {"long": long})
     record = testbeds.train("decoder", tmp_path / "out", size="long", start=tmp_path / "base", steps=3)

@@ -14,7 +14,7 @@ from regard.tasks.needle import Needle, lines_of, sentences
 from regard.tasks.repeated import RepeatedTokens
 from regard.train.trainer import Recipe
 
-__all__ = ["STRETCHES", "Placed", "Stretch", "StretchMixture", "placed_loss", "skipped_positions"]
+__all__ = ["STRETCH", "Placed", "Stretch", "StretchMixture", "placed_loss", "skipped_positions"]
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,16 @@ class Stretch:
     recipe: Recipe
     stages: tuple[Stage, ...]
     tokens: int = 4096
-    first: int = 500_000
-    """What is added to a step for its batch's seed: other trainings have drawn the batches below."""
 
 
-STRETCHES = {
-    "long": Stretch(
-        recipe=Recipe(steps=740, lr=1.5e-3, warmup=30, decay=260, autocast=True),
-        stages=(
-            Stage(450, (256, 512, 1024, 1024, 1024, 1024), reach=8192),
-            Stage(660, (512, 1024, 1024, 2048, 4096), reach=8192),
-            Stage(10**9, (512, 1024, 2048, 4096, 8192), reach=8192),
-        ),
+STRETCH = Stretch(
+    recipe=Recipe(steps=740, lr=1.5e-3, warmup=30, decay=260, autocast=True),
+    stages=(
+        Stage(450, (256, 512, 1024, 1024, 1024, 1024), reach=8192),
+        Stage(660, (512, 1024, 1024, 2048, 4096), reach=8192),
+        Stage(10**9, (512, 1024, 2048, 4096, 8192), reach=8192),
     ),
-    "longer": Stretch(
-        recipe=Recipe(steps=80, lr=8e-4, warmup=10, decay=50, autocast=True),
-        stages=(Stage(10**9, (512, 2048, 4096, 8192, 8192), reach=8192),),
-        first=1_000_000,
-    ),
-}
-"""The second training and a short third one, in which most tokens stand in sequences of 8,192."""
+)
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
@@ -121,7 +111,7 @@ class StretchMixture:
 
     def __call__(self, step: int) -> Placed:
         """The batch of a step, a function of the step and the seed alone."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + self.stretch.first)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_000)
         stage = next(s for s in self.stretch.stages if step < s.until)
         length = stage.lengths[self._draw(len(stage.lengths), generator)]
         rows = max(1, self.stretch.tokens // length)

@@ -205,20 +205,19 @@ def _decoder(size: str, seed: int, steps: int | None) -> Run:
     )
 
 
-def _stretched(size: str, start: str | Path | None, seed: int, steps: int | None) -> Run:
-    """The later trainings of the decoder: from the weights of one before, at lengths up to all its positions."""
+def _stretched(start: str | Path | None, seed: int, steps: int | None) -> Run:
+    """The second training of the decoder: from the weights of the first, at lengths up to all its positions."""
     from regard.tasks import decoder, stretch
     from regard.tasks.bytetext import byte_tokenizer
     from regard.tasks.gates import gates
 
     if start is None:
-        before = "full" if size == "long" else "long"
-        raise ValueError(f"size {size!r} goes on from trained weights: start must name what size {before!r} wrote")
+        raise ValueError("size 'long' goes on from trained weights: start must name what size 'full' wrote")
     folder, _ = _find(str(start))
     loaded = load(start)
     if tuple(loaded.model.config.architectures or ()) != ("LlamaForCausalLM",) or loaded.model.config.vocab_size != 259:
         raise ValueError(f"start must be a decoder testbed, {str(start)!r} is a {type(loaded.model).__name__}")
-    how = stretch.STRETCHES[size]
+    how = stretch.STRETCH
     if steps is not None:
         how = replace(how, recipe=stretch.shortened(how.recipe, steps))
     mixture = stretch.StretchMixture(how, seed)
@@ -281,7 +280,20 @@ def _vit(size: str, seed: int, steps: int | None) -> Run:
     )
 
 
-def _video(size: str, seed: int, steps: int | None) -> Run:
+def _started(start: str | Path | None) -> tuple[Any, dict[str, Any]]:
+    """The model that a second training goes on from, and what training.json tells of it."""
+    if start is None:
+        raise ValueError("size 'long' goes on from trained weights: start must name what size 'full' wrote")
+    folder, _ = _find(str(start))
+    made = Path(folder, "training.json")
+    return load(start).model, {
+        "sha256": hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest(),
+        "training": json.loads(made.read_text()) if made.exists() else None,
+    }
+
+
+def _video(size: str, seed: int, steps: int | None, start: str | Path | None = None) -> Run:
+    from regard.models.dit import VideoDiT
     from regard.tasks import video
 
     def measure(model: Any) -> dict[str, Any]:
@@ -292,20 +304,31 @@ def _video(size: str, seed: int, steps: int | None) -> Run:
     shape = video.SIZES[size]
     if steps is not None:
         shape = replace(shape, recipe=replace(shape.recipe, steps=steps))
+    model: Any = video.build(shape, seed)
+    told: dict[str, Any] = {"size": asdict(shape)}
+    if size == "long":
+        model, told["start"] = _started(start)
+        if not isinstance(model, VideoDiT):
+            raise ValueError(f"start must be a video testbed, {str(start)!r} is a {type(model).__name__}")
     return Run(
-        model=video.build(shape, seed),
+        model=model,
         batches=video.VideoMixture(shape, seed),
         recipe=shape.recipe,
         evaluate=video.evaluation(shape),
         gates=measure,
         tokenizer=None,
-        told={"size": asdict(shape)},
+        told=told,
         loss=video.video_loss,
     )
 
 
 #: Testbeds that are no `Symbolic`.
 _MADE: dict[str, Callable[[str, int, int | None], Run]] = {"decoder": _decoder, "vit": _vit, "video": _video}
+#: Those with a second training, size "long".
+_SECOND: dict[str, Callable[[str | Path | None, int, int | None], Run]] = {
+    "decoder": _stretched,
+    "video": lambda start, seed, steps: _video("long", seed, steps, start),
+}
 
 
 def train(
@@ -327,10 +350,10 @@ def train(
         out: folder for config, weights, tokenizer and ``training.json`` (recipe, curve, gates, versions, machine;
             ``starts``: the steps at which the work was taken up).
         size: "full", the shipped one, or "smoke", which is done in seconds and passes no gate; of the decoder also
-            "long", which goes on from the weights of "full" at up to 8,192 tokens, and "longer", on from "long".
+            "long", which goes on from the weights of "full" at up to 8,192 tokens.
         seed: of the weights and of every batch.
         steps: fewer (or more) steps than the recipe's; the run is the same up to its final decay.
-        start: what `load` takes: the weights that sizes "long" and "longer" go on from.
+        start: what `load` takes: the weights that size "long" goes on from.
         console: a rich console for the progress bar; None makes one on stderr.
 
     Returns:
@@ -347,15 +370,13 @@ def train(
 
     if name not in TESTBEDS:
         raise ValueError(f"there is no testbed {name!r} to train; there is {', '.join(TESTBEDS)}")
-    sizes = ("full", "smoke", "long", "longer") if name == "decoder" else ("full", "smoke")
+    sizes = ("full", "smoke", "long") if name in _SECOND else ("full", "smoke")
     if size not in sizes:
         raise ValueError(f"size of {name!r} must be one of {', '.join(sizes)}, got {size!r}")
-    if start is not None and not size.startswith("long"):
-        raise ValueError(
-            f"start goes with sizes 'long' and 'longer' of the decoder; {name!r} of size {size!r} begins from nothing"
-        )
-    if size.startswith("long"):
-        ready = _stretched(size, start, seed, steps)
+    if start is not None and size != "long":
+        raise ValueError(f"start goes with size 'long'; {name!r} of size {size!r} begins from nothing")
+    if size == "long":
+        ready = _SECOND[name](start, seed, steps)
     else:
         ready = _MADE[name](size, seed, steps) if name in _MADE else _symbolic(name, size, seed, steps)
     out = Path(out)
