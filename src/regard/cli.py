@@ -479,7 +479,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
     size: Annotated[
         TrainSize,
-        typer.Option(help="smoke: tiny, in seconds; full: the whole; long: of the decoder, on to 8,192 tokens."),
+        typer.Option(help="smoke: tiny, in seconds; full: the whole; long: a second training, from --start."),
     ] = TrainSize.full,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the recipe's.")] = None,
@@ -548,9 +548,11 @@ def _encode(loaded: Any, text: str, tokens: int | None) -> dict[str, Any]:
 
 
 def _watch_one(loaded: Any, text: Path | None, image: Path | None, statistics: str, tokens: int | None) -> Any:
-    """The atlas of a text or of a picture, of which exactly one is given."""
+    """The atlas of a text or of a picture, of which exactly one is given; a video model's text is a prompt."""
     import torch
 
+    if _makes_videos(loaded):
+        return _watch_video(loaded, text, image, statistics, tokens)
     if image is not None:
         from regard.report.picture import watch_picture
 
@@ -562,6 +564,31 @@ def _watch_one(loaded: Any, text: Path | None, image: Path | None, statistics: s
         with regard.watch(loaded.model, statistics=statistics, tokenizer=loaded.tokenizer) as watched:
             loaded.model(**inputs)
     return watched.atlas
+
+
+def _makes_videos(loaded: Any) -> bool:
+    from regard.models.dit import VideoDiT
+
+    return isinstance(loaded.model, VideoDiT)
+
+
+def _watch_video(loaded: Any, text: Path | None, image: Path | None, statistics: str, tokens: int | None) -> Any:
+    """The atlas of a video model on a true video of a prompt, noised to several times of the flow."""
+    from regard.tasks.video_inputs import inputs_of, watch_video
+
+    if text is None or image is not None:
+        raise typer.BadParameter(
+            'a video model is watched on its prompt: give --text FILE that holds words such as "3 7 square"',
+            param_hint="--image",
+        )
+    if tokens is not None:
+        raise typer.BadParameter("a video has no tokens to cut", param_hint="--tokens")
+    try:
+        asked = inputs_of(_read(text), 0.0)
+    except ValueError as error:
+        raise typer.BadParameter(f"of a video model it holds the prompt, and {error}", param_hint="--text") from error
+    with _working("watching a video at several times of the flow"):
+        return watch_video(loaded.model, asked["x"], asked["words"], statistics)
 
 
 def _refuse_beside_atlas(model: str | None, tokens: int | None, probe: bool) -> None:
@@ -605,6 +632,9 @@ def _build_report(
 ) -> Any:
     from regard.report.build import build_report
 
+    if _makes_videos(loaded):
+        probes = _probes(loaded) if probe else None
+        return regard.report(_watch_video(loaded, text, image, "full", tokens), out, title=loaded.name, probes=probes)
     if text is not None:
         source: dict[str, Any] = {"text": _read(text), "tokens": tokens}
         _encode(loaded, source["text"], tokens)

@@ -1,7 +1,5 @@
 """Moving digits drawn pixel by pixel: an object steps, and turns round where the next step would leave the canvas."""
 
-import torch
-
 
 def path(start, velocity, room, frames):
     """Positions on one axis, by stepping a pixel at a time."""
@@ -16,10 +14,10 @@ def path(start, velocity, room, frames):
     return found
 
 
-def render(shape, kind, glyph, start, velocity):
+def render(shape, kind, glyph, start, velocity, canvas):
     """One scene [frames, height, width]."""
     frames, height, width = shape
-    video = torch.zeros(shape)
+    video = canvas.expand(shape).clone()
     for o in range(len(kind)):
         rows = path(int(start[o, 0]), int(velocity[o, 0]), height - 8, frames)
         columns = path(int(start[o, 1]), int(velocity[o, 1]), width - 8, frames)

@@ -19,9 +19,10 @@ def gen(seed=0):
     width=st.integers(8, 14),
     speed=st.integers(0, 3),
     seed=st.integers(0, 99),
+    texture=st.sampled_from([0.0, 0.3]),
 )
-def test_every_pixel_is_the_oracle_s(frames, height, width, speed, seed):
-    task = MovingDigits((frames, height, width), speed=speed)
+def test_every_pixel_is_the_oracle_s(frames, height, width, speed, seed, texture):
+    task = MovingDigits((frames, height, width), speed=speed, texture=texture)
     scenes = task.scenes(1, gen(seed))
     video = task.render(scenes)
     for i, one in enumerate(zip(*scenes, strict=True)):
@@ -100,6 +101,17 @@ def test_sharpness_is_the_mean_square_of_both_differences():
     assert sharpness(torch.zeros(1, 1, 2, 4, 4)).item() == 0
 
 
+def test_the_canvas_stands_still_and_is_darker_than_objects():
+    videos = MovingDigits(texture=0.3).batch(3, gen(), torch.zeros(3, 3, dtype=torch.long))
+    assert (videos.x == videos.x[:, :, :1]).all()
+    assert -0.45 < videos.x.max() < -0.4
+    assert counts(videos.x).max() == 0
+    assert abs(videos.x.mean() + 0.7) < 0.02
+    one = MovingDigits(most=1, texture=0.3).batch(12, gen())
+    assert (counts(one.x) == 1).all()
+    assert (kinds(one.x) == one.words[:, 0]).double().mean() > 0.9
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="got 'horse'"):
         prompt("3 horse")
@@ -111,6 +123,8 @@ def test_refusals():
         MovingDigits(most=4)
     with pytest.raises(ValueError, match="speed must be at least 0"):
         MovingDigits(speed=-1)
+    with pytest.raises(ValueError, match=r"texture must be in \[0, 0\.5\)"):
+        MovingDigits(texture=0.5)
     with pytest.raises(ValueError, match=r"2 prompts of ids in 0\.\.14"):
         MovingDigits().scenes(2, gen(), torch.full((2, 3), NULL))
     assert len(WORDS) == 16

@@ -28,7 +28,7 @@ MOST = 3
 
 
 class Scenes(NamedTuple):
-    """What determines a batch of videos: objects with a kind (0: none), pixels, a start and a velocity."""
+    """What determines a batch of videos: objects with a kind (0: none), pixels, a start and a velocity; a canvas."""
 
     kind: Int[Tensor, "batch objects"]
     glyph: Float[Tensor, "batch objects 8 8"]
@@ -36,6 +36,8 @@ class Scenes(NamedTuple):
     """(row, column) of the top left pixel in frame 0."""
     velocity: Int[Tensor, "batch objects 2"]
     """Pixels a frame."""
+    canvas: Float[Tensor, "batch height width"]
+    """What stands still behind them."""
 
 
 class Videos(NamedTuple):
@@ -94,12 +96,14 @@ class MovingDigits:
         most: objects a scene has at most; the number is uniform over 1..most.
         speed: of each axis, pixels a frame.
         split: which digits.
+        texture: brightest pixel of the canvas, which is uniform noise that stands still; 0: a black canvas.
     """
 
     shape: tuple[int, int, int] = (8, 32, 32)
     most: int = MOST
     speed: int = 2
     split: Split = "train"
+    texture: float = 0.0
 
     def __post_init__(self) -> None:
         if self.shape[0] < 1 or min(self.shape[1:]) < SIDE:
@@ -108,6 +112,8 @@ class MovingDigits:
             raise ValueError(f"most must be in 1..{MOST}, got {self.most}")
         if self.speed < 0:
             raise ValueError(f"speed must be at least 0, got {self.speed}")
+        if not 0 <= self.texture < 0.5:
+            raise ValueError(f"texture must be in [0, 0.5), darker than objects are, got {self.texture}")
 
     def scenes(self, n: int, generator: torch.Generator, words: Int[Tensor, "n objects"] | None = None) -> Scenes:
         """n scenes drawn with the generator; `words` fixes what is seen."""
@@ -127,7 +133,10 @@ class MovingDigits:
         drawn = shapes()[(kind - 11).clamp(0, len(SHAPES) - 1)]
         glyph = torch.where((kind >= 11)[..., None, None], drawn, glyph) * (kind > 0)[..., None, None]
         start, velocity = self._least_overlap(kind, generator)
-        return Scenes(kind, glyph, start, velocity)
+        canvas = torch.zeros(n, *self.shape[1:])
+        if self.texture:
+            canvas = self.texture * torch.rand(canvas.shape, generator=generator)
+        return Scenes(kind, glyph, start, velocity, canvas)
 
     def places(self, start: Int[Tensor, "*some 2"], velocity: Int[Tensor, "*some 2"]) -> Int[Tensor, "*some frames 2"]:
         """Top left pixels in every frame: the straight path, folded back at the walls."""
@@ -138,7 +147,7 @@ class MovingDigits:
         return torch.minimum(path, 2 * room - path)
 
     def render(self, scenes: Scenes) -> Float[Tensor, "batch frames height width"]:
-        """The pixels in [0, 1]: the brightest object at each place."""
+        """The pixels in [0, 1]: the brightest of objects and canvas at each place."""
         n, objects = scenes.kind.shape
         frames, height, width = self.shape
         place = self.places(scenes.start, scenes.velocity)
@@ -147,7 +156,7 @@ class MovingDigits:
         columns = place[..., 1, None, None] + side
         flat = (rows * width + columns).flatten(3)
         values = scenes.glyph.flatten(2)[:, :, None].expand(n, objects, frames, SIDE * SIDE)
-        canvas = torch.zeros(n, frames, height * width)
+        canvas = scenes.canvas.flatten(1)[:, None].repeat(1, frames, 1)
         for one in range(objects):
             canvas.scatter_reduce_(2, flat[:, one], values[:, one], "amax")
         return canvas.unflatten(2, (height, width))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regard.models.dit import DiTConfig, VideoDiT, flow_loss
 from regard.tasks.moving_digits import NULL, WORDS, MovingDigits, Videos
+from regard.tasks.vision import Split
 from regard.train.trainer import Recipe
 
 __all__ = ["SHAPE", "SIZES", "Noised", "Phase", "Size", "VideoMixture", "build", "video_loss"]
@@ -33,7 +34,7 @@ class Size:
     """A size of the testbed.
 
     ``drop``: share of prompts left out, for guidance. ``shift``: pushes the times trained on towards noise, as in
-    `regard.models.dit.timesteps`.
+    `regard.models.dit.timesteps`. ``speed``, ``texture``: of `MovingDigits`.
     """
 
     model: DiTConfig
@@ -41,6 +42,12 @@ class Size:
     phases: tuple[Phase, ...]
     drop: float = 0.12
     shift: float = 2.0
+    speed: int = 2
+    texture: float = 0.0
+
+    def task(self, shape: tuple[int, int, int], most: int, split: Split = "train") -> MovingDigits:
+        """Its videos of a shape."""
+        return MovingDigits(shape, most, self.speed, split, self.texture)
 
 
 _SQUARE, _WIDE, _TALL = (16, 16), (12, 24), (24, 12)
@@ -55,6 +62,17 @@ SIZES = {
             Phase(680, ((6, 3, (4, 32, 32)), (14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
             Phase(10**9, ((3, 3, SHAPE),)),
         ),
+    ),
+    # The second training, from the weights of the first: canvases with a texture that stands still, slower objects.
+    "long": Size(
+        model=DiTConfig(words=len(WORDS)),
+        recipe=Recipe(steps=340, lr=3e-3, warmup=20, decay=130, autocast=True),
+        phases=(
+            Phase(180, ((14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
+            Phase(10**9, ((3, 3, SHAPE),)),
+        ),
+        speed=1,
+        texture=0.3,
     ),
     "smoke": Size(
         model=DiTConfig(words=len(WORDS), dim=32, layers=2, heads=2, pairs=(2, 3, 3)),
@@ -97,7 +115,7 @@ class VideoMixture:
         phase = next(p for p in self.size.phases if step < p.until)
         which = int(torch.randint(len(phase.draws), (), generator=generator))
         videos, most, shape = phase.draws[which]
-        return noised(MovingDigits(shape, most).batch(videos, generator), self.size, generator)
+        return noised(self.size.task(shape, most).batch(videos, generator), self.size, generator)
 
 
 def noised(videos: Videos, size: Size, generator: torch.Generator) -> Noised:
@@ -119,7 +137,7 @@ def evaluation(size: Size, n: int = 8, seed: int = 10_000_019) -> Callable[[nn.M
         found = {}
         for name, (videos, shape, most) in shapes.items():
             generator = torch.Generator().manual_seed(seed)
-            batch = noised(MovingDigits(shape, most, split="test").batch(videos, generator), size, generator)
+            batch = noised(size.task(shape, most, "test").batch(videos, generator), size, generator)
             with torch.no_grad():
                 found[name] = float(video_loss(model, batch))
         return found

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from regard.measures.roles import RoleTable, roles
 from regard.models.dit import VideoDiT, sample
-from regard.patterns import Blocks
 from regard.tasks.fidelity import noise_for
-from regard.tasks.moving_digits import NULL, MovingDigits
-from regard.tasks.video import SHAPE
+from regard.tasks.moving_digits import NULL
+from regard.tasks.video import SHAPE, SIZES
+from regard.tasks.video_inputs import TIMES, watch_video
 from regard.tasks.video_reading import counts, kinds, steadiness
-from regard.watch.recorder import watch
-from regard.watch.settings import Watch
 
 __all__ = ["GATES", "gates", "head_roles"]
 
@@ -24,8 +22,6 @@ __all__ = ["GATES", "gates", "head_roles"]
 GATES = {"count": 0.6, "kind": 0.6, "steady": 0.8, "temporal_heads": 1, "spatial_heads": 1}
 
 SEED = 20_000_003
-#: Times of the flow at which heads are judged; at pure noise there is nothing to see.
-TIMES = (0.8, 0.6, 0.4, 0.2)
 
 
 def asked(n: int, objects: int, generator: torch.Generator) -> Int[Tensor, "n words"]:
@@ -36,7 +32,6 @@ def asked(n: int, objects: int, generator: torch.Generator) -> Int[Tensor, "n wo
     return words
 
 
-@torch.no_grad()
 def head_roles(
     model: VideoDiT,
     x: Float[Tensor, "batch 1 frames height width"],
@@ -45,23 +40,9 @@ def head_roles(
     times: tuple[float, ...] = TIMES,
     seed: int = SEED,
 ) -> RoleTable:
-    """The role of every self-attention head on noised videos, over several times of the flow.
-
-    The period of "multi-diagonal" is the tokens of a frame, and "block" is the own frame.
-    """
-    _, rows, columns = model.config.grid((x.shape[2], x.shape[3], x.shape[4]))
-    period = rows * columns
-    how = Watch(
-        ("entropy", "distance", "group", "stripe", "template", "top1"),
-        period=period,
-        templates={"block": Blocks(period)},
-        layers=("*self_attention",),
-    )
-    noise = noise_for(len(x), (x.shape[2], x.shape[3], x.shape[4]), seed)
-    with watch(model, statistics=how) as watched:
-        for t in times:
-            model((1 - t) * x + t * noise, torch.full((len(x),), t), words)
-    return roles(watched.atlas)
+    """The role of every self-attention head on noised videos, over several times of the flow (see `watch_video`)."""
+    statistics = ("entropy", "distance", "group", "stripe", "template", "top1")
+    return roles(watch_video(model, x, words, statistics, times=times, seed=seed))
 
 
 @torch.no_grad()
@@ -77,11 +58,11 @@ def gates(model: VideoDiT, *, quick: bool = False, seed: int = SEED) -> dict[str
         ``true``: the same readings on the task's own videos, which no model can be asked to exceed.
     """
     generator = torch.Generator().manual_seed(seed)
-    n, steps = (2, 2) if quick else (10, 20)
+    n, steps = (2, 2) if quick else (8, 20)
     words = torch.cat([asked(n, objects, generator) for objects in (1, 2, 3)])
     parts = zip(noise_for(3 * n, SHAPE, seed).split(n), words.split(n), strict=True)
     made = torch.cat([sample(model, z, w, steps=steps) for z, w in parts])
-    task = MovingDigits(SHAPE, split="test")
+    task = SIZES["long"].task(SHAPE, 3, "test")
     held_out = task.batch(len(words), generator, words)
     few = task.batch(2, generator)
     table = head_roles(model, few.x, few.words)
