@@ -151,6 +151,8 @@ def test_equal():
     assert not one.equal(blocks([[0, 1], [1, 2], [2, -1]]))
     assert not one.equal(blocks([[0, 1], [1, 2], [1, -1]], within=Causal()))
     assert (one & Causal()) == (one & Causal())
+    assert isinstance(one & Window(3), Routed)
+    assert not isinstance(one & one, Routed)
     with pytest.raises(TypeError, match="unhashable"):
         hash(one)
     assert one.to("cpu").equal(one)
@@ -466,3 +468,27 @@ def test_a_summary_that_no_longer_knows_the_keys_says_so():
     assert route.select(q[:, :, 16:], summary).equal(route(q[:, :, 16:], k))
     with pytest.raises(ValueError, match="the summary knows the keys before 16 as whole blocks alone"):
         route.select(q, summary)
+
+
+def test_a_choice_under_autocast_is_the_choice_without():
+    q, k = torch.randn(2, 1, 2, 64, 8, generator=torch.Generator().manual_seed(0))
+    route = BlockTopK(8, select=topk(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = route(q, k)
+    assert found.equal(route(q, k))
+
+
+@given(routed(), st.sampled_from([Causal(), Window(3, 1), Columns(((1, 5),))]))
+def test_algebra(case, other):
+    """``&`` stays routed, everything else goes by its pairs; layouts of both."""
+    r, at = case.routed, case.static(other)
+    for made, want in (
+        (r & other, case.pairs() & at),
+        (other & r, case.pairs() & at),
+        (r | other, case.pairs() | at),
+        (~r, ~case.pairs()),
+    ):
+        want = want[: r.samples or 1, : r.heads or 1]
+        some, every = dense_blocks(want, (3, 4))
+        layout = made.layout(r.q_len, r.kv_len, (3, 4), r.q_start)
+        assert layout.equal(BlockLayout.from_dense(some, every, r.q_len, r.kv_len, (3, 4)))

@@ -186,6 +186,12 @@ class Routed(Makers, Pattern):
             raise ValueError(f"kv_len must be >= {self.kv_len}, that of the decision, got {kv_len}")
         return replace(self, q_start=q_start, kv_len=kv_len, within=within)
 
+    def __and__(self, other: Pattern) -> Pattern:
+        """The same decision inside another pattern too: still routed, the pairs of both."""
+        if not isinstance(other, Pattern) or isinstance(other, Routed):
+            return super().__and__(other)
+        return replace(self, within=both(self.within, other))
+
     # Pairs
 
     def allows(

@@ -151,12 +151,16 @@ class Makers:
             raise ValueError(
                 f"q_groups and kv_groups must be as many groups, got {q_groups.shape[2]} and {kv_groups.shape[2]}"
             )
+        # a group without a place is one of padding, so that every group is a row and a block
+        q_groups, kv_groups = (
+            torch.nn.functional.pad(x, (0, int(not x.shape[3])), value=-1) for x in (q_groups, kv_groups)
+        )
         q_order = ls.check_order("q_groups", q_groups.flatten(2), q_len, repeats == "error", check)
         kv_order = ls.check_order("kv_groups", kv_groups.flatten(2), kv_len, False, check)
         lead = torch.broadcast_shapes(q_groups.shape[:2], kv_groups.shape[:2])
         index = torch.arange(q_groups.shape[2], device=q_groups.device, dtype=torch.int32)
         made = _new(cls)(
-            block=(max(q_groups.shape[3], 1), max(kv_groups.shape[3], 1)), q_len=q_len, kv_len=kv_len, q_start=at,
+            block=(q_groups.shape[3], kv_groups.shape[3]), q_len=q_len, kv_len=kv_len, q_start=at,
             index=index[:, None].expand(*lead, -1, 1), count=index.new_ones(1).expand(*lead, len(index)),
             q_order=q_order, kv_order=kv_order, within=within, q_heads=heads, repeats=repeats, cost=cost,
         )  # fmt: skip
