@@ -172,6 +172,24 @@ def test_a_plan_of_shapes_is_applied_saved_and_compared(model, found, tmp_path):
         plan.applied(other)
 
 
+def test_shapes_rounded_up_to_blocks_lose_less_and_are_stored(model, found, tmp_path):
+    more = sp.record_shapes(model, inputs(1) + inputs(1, 1), GRID, block=8)
+    assert (more.density >= found.density - 1e-9).all()
+    assert (more.mass >= found.mass - 1e-5).all()
+    which = np.array([[1, 4], [7, 4]])
+    plan = sp.planned(model, more, which)
+    assert plan.given(more.layers[0], 1) is plan.given(more.layers[1], 1)  # one option, one kernel call
+    assert operations_ratio(plan) == pytest.approx(4 / more.density[which].sum())
+    (given,) = inputs(1)
+    with torch.no_grad(), plan.applied(model):
+        changed = model(*given)
+    plan.save(tmp_path / "plan.json")
+    with torch.no_grad(), load_plan(tmp_path / "plan.json").applied(model):
+        assert torch.allclose(model(*given), changed, atol=1e-6)
+    singles = {name: more.patterns[name]["stripe"] for name in more.layers}
+    assert operations_ratio(with_patterns(plan, singles, "stripe")) == pytest.approx(1 / more.density[7])
+
+
 def test_skip_and_full_are_the_planner_s_own_options(model, found):
     skip = found.options.index("skip")
     plan = sp.planned(model, found, [[0, skip], [skip, skip]])

@@ -12,6 +12,7 @@ from regard.patterns import Causal, Full, Pattern
 from regard.plan.baselines import bare
 from regard.plan.options import Option
 from regard.plan.plan import Plan
+from regard.plan.rounded import density_of, one_head
 
 __all__ = ["operations_ratio", "shuffled", "shuffled_heads", "with_patterns"]
 
@@ -33,7 +34,7 @@ def operations_ratio(plan: Plan) -> float:
                 raise ValueError(f"option {option.name!r} decides from q and k: its pairs are not known beforehand")
             if id(option) not in known:
                 pattern = whole if how is None else how if whole == Full() else how & whole
-                known[id(option)] = pattern.density(q_len, kv_len) * q_len * kv_len
+                known[id(option)] = density_of(pattern, q_len, kv_len) * q_len * kv_len
             dense += whole.density(q_len, kv_len) * q_len * kv_len
             sparse += known[id(option)]
     return dense / sparse if sparse else float("inf")
@@ -68,13 +69,10 @@ def with_patterns(plan: Plan, patterns: Mapping[str, Pattern], name: str) -> Pla
     """The same layers under a pattern each, of all heads alike or one a head; ``name``: of the options."""
     layers = {}
     for layer, options in plan.layers.items():
-        known: dict[Pattern, Option] = {}
-        given = []
-        for head in range(len(options)):
-            pattern = patterns[layer].of(head)
-            if pattern not in known:
-                own = f" of {layer}, head {head}" if patterns[layer].heads else ""
-                known[pattern] = Option(f"{name}{own}", pattern)
-            given.append(known[pattern])
-        layers[layer] = tuple(given)
+        pattern = patterns[layer]
+        if pattern.heads is None:
+            layers[layer] = (Option(name, pattern),) * len(options)
+        else:
+            each = [Option(f"{name} of {layer}, head {h}", one_head(pattern, h)) for h in range(len(options))]
+            layers[layer] = tuple(each)
     return bare(plan, layers)

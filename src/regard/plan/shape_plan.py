@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regard.kernels.attend import attend
 from regard.kernels.fused import column_mass
-from regard.patterns import Columns, Full, Pattern
+from regard.patterns import Full, Pattern
 from regard.plan.apply import inputs_of, label_of, refuse_call
 from regard.plan.cost import Shape, shape_of
 from regard.plan.groups import Inputs
@@ -24,6 +24,7 @@ from regard.plan.identity import identity
 from regard.plan.options import DENSE, NOTHING, Option
 from regard.plan.plan import Plan
 from regard.plan.record import projections
+from regard.plan.rounded import density_of, one_head
 from regard.plan.shapes import kind_of_shape, search_shapes, video_options
 from regard.watch.anatomy import Anatomy
 from regard.watch.anatomy import anatomy as find_anatomy
@@ -54,6 +55,8 @@ class ShapeErrors:
     """Pairs of each option over all pairs, ``[options]``: what it costs."""
     received: dict[str, Tensor]
     """By layer: the mass that each key received, ``[heads, length]``."""
+    block: int | None
+    """Whether shapes were rounded up to blocks, and to which."""
     projected: bool
     """Whether every layer's output projection was found; else errors are those of the heads' own outputs."""
 
@@ -65,6 +68,7 @@ def record_shapes(
     *,
     prefix: int = 0,
     suffix: int = 0,
+    block: int | None = None,
     anatomy: Anatomy | None = None,
 ) -> ShapeErrors:
     """The error of every option of `video_options` in every self-attention head.
@@ -75,6 +79,7 @@ def record_shapes(
         model: any model that the seam sees; run without gradients and in evaluation mode.
         inputs: of several prompts and steps, with both guidance branches: dicts, tuples or tensors for ``model``.
         shape, prefix, suffix: tokens of the video and of the text around it, see `video_options`.
+        block: None: exact shapes; 64, say: rounded up to whole blocks, which kernels run faster; see `video_options`.
         anatomy: the model's parts, where its output projections cannot be found.
 
     Raises:
@@ -88,7 +93,7 @@ def record_shapes(
         if parts is None:
             parts = find_anatomy(model, inputs[0])
         received = _Received(length)
-        tried = _Tried(shape, prefix, suffix, received, projections(model, parts))
+        tried = _Tried(shape, prefix, suffix, block, received, projections(model, parts))
         for handler in (received, tried):
             for given in inputs:
                 with Seam(model, handler, edits=True):
@@ -130,12 +135,14 @@ class _Tried:
         shape: Sequence[int],
         prefix: int,
         suffix: int,
+        block: int | None,
         received: _Received,
         projections: dict[str, tuple[str, Tensor]],
     ) -> None:
-        self.shape, self.prefix, self.suffix = shape, prefix, suffix
+        self.shape, self.prefix, self.suffix, self.block = shape, prefix, suffix, block
         self.received, self.projections = received, projections
         self.patterns: dict[str, dict[str, Pattern]] = {}
+        self.alike: dict[str, Pattern] = {}
         self.shapes: dict[str, Shape] = {}
         self.causal: dict[str, bool] = {}
         self.lost: dict[str, Tensor] = {}  # [heads, options]
@@ -147,9 +154,10 @@ class _Tried:
             return None
         name, inputs = label_of(call), inputs_of(call)
         if name not in self.patterns:
-            self.patterns[name] = video_options(
-                self.shape, self.received.sums[name], prefix=self.prefix, suffix=self.suffix
-            )
+            how: dict[str, Any] = {"prefix": self.prefix, "suffix": self.suffix, "block": self.block}
+            made = video_options(self.shape, self.received.sums[name], **how)
+            # shapes that are alike in all layers are one object, so that a plan has one option of them
+            self.patterns[name] = {n: p if p.heads else self.alike.setdefault(n, p) for n, p in made.items()}
             self.shapes[name], self.causal[name] = shape_of(inputs), call.causal
         full, lse = _attended(inputs, Full())
         gram = self._gram(name, inputs)
@@ -198,7 +206,8 @@ class _Tried:
             causal=self.causal,
             errors=torch.stack(errors).numpy(),
             mass=torch.stack([torch.stack(self.mass[n]).mean(0) for n in layers]).numpy(),
-            density=np.array([p.density(length, length, 0) for p in first.values()]),
+            density=np.array([density_of(p, length, length) for p in first.values()]),
+            block=self.block,
             received=self.received.sums,
             projected=all(n.split("#")[0] in self.projections for n in layers),
         )
@@ -232,24 +241,23 @@ def plan_shapes(found: ShapeErrors, budget: float | int, *, eps: float | int = 0
 
 def planned(model: nn.Module, found: ShapeErrors, which: Any) -> Plan:
     """A choice ``[layers, heads]`` of `found`'s options as a `Plan`, to apply, save and load."""
-    known: dict[Any, Option] = {Full(): DENSE, Columns(()): NOTHING}
+    known: dict[str, Option] = {"full": DENSE, "skip": NOTHING}
     layers: dict[str, tuple[Option, ...]] = {}
     heads = []
     for n, name in enumerate(found.layers):
         given = []
         for head, m in enumerate(np.asarray(which)[n].tolist()):
             option, of = found.options[m], found.patterns[name]
-            pattern = of[option].of(head)
-            if pattern not in known:
-                own = f" of {name}, head {head}" if of[option].heads else ""
-                known[pattern] = Option(f"{option}{own}", pattern)
-            given.append(known[pattern])
+            named = f"{option} of {name}, head {head}" if of[option].heads else option
+            if named not in known:
+                known[named] = Option(named, one_head(of[option], head))
+            given.append(known[named])
             heads.append(
                 {
                     "layer": name,
                     "head": head,
                     "role": kind_of_shape(option),
-                    "given": known[pattern].name,
+                    "given": known[named].name,
                     "why": f"error {found.errors[n, head, m]:.3g} at {found.density[m]:.3g} of the operations",
                     "error": float(found.errors[n, head, m]),
                     "mass": float(found.mass[n, head, m]),

@@ -6,14 +6,17 @@ Tokens are in the order (frame, row, column), n a frame, maybe with text before 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.patterns import Columns, Diagonals, Full, Pattern, PerHead, Queries, Window
+from regard.patterns import AxisOrder, Columns, Diagonals, Full, Pattern, PerHead, Queries, Window
+from regard.plan.rounded import density_of, rounded, rounded_columns
 from regard.plan.search import Found, search
 
 __all__ = ["SHAPES", "kind_of_shape", "offered", "one_for_all", "search_shapes", "stripes", "video_options"]
@@ -23,7 +26,12 @@ WIDTHS = (32, 16, 8)  # parts of the length, or of a frame, that a diagonal reac
 
 
 def video_options(
-    shape: Sequence[int], received: Float[Tensor, "heads length"] | None = None, *, prefix: int = 0, suffix: int = 0
+    shape: Sequence[int],
+    received: Float[Tensor, "heads length"] | None = None,
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    block: int | None = None,
 ) -> dict[str, Pattern]:
     """The options of a head by name: "full", "diagonal/32" and on (``|i - j| <= L / 32``), "multi-diagonal/32" and on
     (``|i - j - m n| <= n / 32`` for some m, n tokens a frame), "stripe" (see `stripes`), "skip" (no key: output 0).
@@ -33,14 +41,17 @@ def video_options(
         received: mass that each key receives, text included; None: no stripes are offered.
         prefix, suffix: tokens of text before and behind the video: every query sees them, and they see every key, but
             under "skip".
+        block: None: pair by pair, as said. Else every shape is rounded up to whole blocks of so many tokens and stored
+            as a route, which a kernel runs without masks: multi-diagonals in the order that puts the frames of a place
+            together, stripes with their keys gathered.
     """
     length, n = prod(shape), prod(shape[1:])
-    joined = _Text(prefix, length, suffix)
+    joined = _Text(prefix, length, suffix, block, tuple(shape))
     options: dict[str, Pattern] = {"full": Full()}
     for part in WIDTHS:
-        options[f"diagonal/{part}"] = joined(Window(length // part, length // part))
+        options[f"diagonal/{part}"] = joined.diagonal(length // part)
     for part in WIDTHS:
-        options[f"multi-diagonal/{part}"] = joined(Diagonals(n, min(n // part, (n - 1) // 2), causal=False))
+        options[f"multi-diagonal/{part}"] = joined.multi_diagonal(min(n // part, (n - 1) // 2))
     if received is not None:
         options["stripe"] = joined.stripes(received, max(1, length // 16))
     options["skip"] = Columns(())
@@ -89,13 +100,14 @@ def one_for_all(
     *,
     prefix: int = 0,
     suffix: int = 0,
+    block: int | None = None,
 ) -> dict[str, Pattern]:
     """Of each sparse shape the narrowest pattern of at least this density, for all heads: what a plan has to beat.
 
     Stripes are those of each head's own columns. Arguments as in `video_options`.
     """
     length, n = prod(shape), prod(shape[1:])
-    joined = _Text(prefix, length, suffix)
+    joined = _Text(prefix, length, suffix, block, tuple(shape))
 
     def narrowest(family: Callable[[int], Pattern], low: int, high: int) -> Pattern:
         while low < high:  # wider is denser
@@ -105,8 +117,8 @@ def one_for_all(
         return family(low)
 
     found = {
-        "diagonal": narrowest(lambda w: joined(Window(w, w)), 0, length),
-        "multi-diagonal": narrowest(lambda w: joined(Diagonals(n, w, causal=False)), 0, (n + 1) // 2),
+        "diagonal": narrowest(joined.diagonal, 0, length),
+        "multi-diagonal": narrowest(joined.multi_diagonal, 0, (n + 1) // 2),
     }
     if received is not None:
         found["stripe"] = narrowest(lambda count: joined.stripes(received, count), 1, length)
@@ -114,24 +126,50 @@ def one_for_all(
 
 
 class _Text:
-    """Joins the text around a video to a pattern of all tokens."""
+    """The shapes of all tokens, text joined, exact or rounded up to blocks."""
 
-    def __init__(self, prefix: int, length: int, suffix: int) -> None:
-        self.prefix, self.end, self.whole = prefix, prefix + length, prefix + length + suffix
+    def __init__(self, prefix: int, length: int, suffix: int, block: int | None, shape: tuple[int, ...]) -> None:
+        self.prefix, self.suffix, self.end, self.whole = prefix, suffix, prefix + length, prefix + length + suffix
         self.text = tuple((a, b) for a, b in ((0, prefix), (self.end, self.whole)) if a < b)
+        self.block, self.shape = block, shape
 
-    def __call__(self, pattern: Pattern) -> Pattern:
-        return pattern | Columns(self.text) | Queries(self.text) if self.text else pattern
+    def diagonal(self, width: int) -> Pattern:
+        return self._rounded(Window(width, width), tuple(range(len(self.shape))))
 
-    def density(self, pattern: Pattern) -> float:
-        return pattern.density(self.whole, self.whole, 0)
+    def multi_diagonal(self, width: int) -> Pattern:
+        bands = Diagonals(prod(self.shape[1:]), width, causal=False)
+        return self._rounded(bands, (*range(1, len(self.shape)), 0))
 
     def stripes(self, received: Tensor, count: int) -> Pattern:
         if received.shape[1] != self.whole:
             raise ValueError(f"received must be [heads, {self.whole}], text included, got {list(received.shape)}")
         video = received.clone()
         video[:, : self.prefix] = video[:, self.end :] = -1  # text is seen anyway
-        return PerHead(tuple(self(p) for p in stripes(video, count).patterns))
+        found = stripes(video, count)
+        if self.block is None:
+            return PerHead(tuple(self._joined(p) for p in found.patterns))
+        keys = torch.tensor([[lo for lo, _ in p.intervals] for p in found.patterns if isinstance(p, Columns)])
+        return rounded_columns(keys, self.whole, self.block, prefix=self.prefix, suffix=self.suffix)
+
+    def density(self, pattern: Pattern) -> float:
+        return density_of(pattern, self.whole, self.whole)
+
+    def _joined(self, pattern: Pattern) -> Pattern:
+        return pattern | Columns(self.text) | Queries(self.text) if self.text else pattern
+
+    def _rounded(self, pattern: Pattern, axes: tuple[int, ...]) -> Pattern:
+        pattern = self._joined(pattern)
+        if self.block is None:
+            return pattern
+        order = None
+        if axes != tuple(range(len(axes))) or self.text:
+            order = AxisOrder(self.shape, axes, self.prefix, self.suffix, self.block)
+        return _kept(pattern, self.whole, self.block, order)
+
+
+@lru_cache(maxsize=128)
+def _kept(pattern: Pattern, length: int, block: int, order: AxisOrder | None) -> Pattern:
+    return rounded(pattern, length, block, order)
 
 
 def stripes(received: Float[Tensor, "heads length"], count: int) -> PerHead:

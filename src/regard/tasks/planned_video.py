@@ -141,7 +141,7 @@ def rivals(
     for n in range(shuffles):
         arms[f"shuffled {n + 1}" if n else "shuffled"] = shuffled(mine, generator)
     least = 1 / operations_ratio(mine)
-    singles = {name: one_for_all(shape, least, found.received[name]) for name in found.layers}
+    singles = {name: one_for_all(shape, least, found.received[name], block=found.block) for name in found.layers}
     for kind in next(iter(singles.values())):
         arms[f"all {kind}"] = with_patterns(mine, {name: of[kind] for name, of in singles.items()}, kind)
     return arms
