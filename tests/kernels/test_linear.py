@@ -98,3 +98,11 @@ def test_refusals(match, layout):
 def test_heads_that_do_not_group():
     with pytest.raises(ValueError, match="kv_heads must divide the 3 heads"):
         block_linear(torch.randn(1, 3, 4, 2), *torch.randn(2, 1, 2, 4, 2), Full().layout(4, 4, 2))
+
+
+def test_autocast_changes_nothing():
+    q, k, v = torch.randn(3, 1, 2, 16, 4, generator=torch.Generator().manual_seed(0))
+    layout = Full().layout(16, 16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block_linear(q, k, v, layout)
+    assert torch.equal(found, block_linear(q, k, v, layout))

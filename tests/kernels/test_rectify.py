@@ -142,6 +142,15 @@ def test_half_precision_and_gradients():
     assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in (q, k, v))
 
 
+def test_autocast_changes_nothing():
+    routed = random_blocks((1, 1), 16, 16, (4, 4), 0.5, 0)
+    q, k, v = (draw((1, 2, 16, 8), s).float() for s in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pooled_rest(q, k, v, routed)
+    for a, b in zip(found, pooled_rest(q, k, v, routed), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_refusals():
     q, k, v = (draw((1, 2, 8, 3), s) for s in range(3))
     routed = random_blocks((1, 1), 8, 8, (2, 2), 0.5, 0)

@@ -39,7 +39,7 @@ def block_linear(
 
     The sums are one product of the layout's 0/1 matrix with the states, ``q_blocks * kv_blocks * head_dim * v_dim``
     multiply-adds a head; nothing is subtracted. A query block without a key block gives zeros. Differentiable in q, k
-    and v. States are kept in float32 at least, the result has q's dtype.
+    and v. States are kept in float32 at least, under autocast too; the result has q's dtype.
 
     Args:
         q, k, v: query head h reads kv head ``h // (heads / kv_heads)``; v_dim may differ from head_dim.
@@ -51,11 +51,17 @@ def block_linear(
     Raises:
         ValueError: lengths, heads or samples that do not fit, partial blocks.
     """
-    batch, heads, q_len, dim = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    _check(layout, batch, heads, q_len, kv_len)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    _check(layout, q.shape[0], heads, q.shape[2], k.shape[2])
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"kv_heads must divide the {heads} heads of q, got {kv_heads}")
+    with torch.autocast(q.device.type, enabled=False):
+        return _block_linear(q, k, v, layout, feature, eps)
+
+
+def _block_linear(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, feature: Feature, eps: float) -> Tensor:
+    heads, q_len, dim = q.shape[1:]
+    kv_heads, kv_len = k.shape[1:3]
     (bq, bk), n_q, n_k = layout.block, layout.n_q_blocks, layout.n_kv_blocks
     group, work = heads // kv_heads, torch.promote_types(q.dtype, torch.float32)
     # A value of 1 beside the others makes z; padding has neither.

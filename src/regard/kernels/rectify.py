@@ -57,7 +57,7 @@ def pooled_rest(
     ``kept = 1 -`` their mass. `combine.complete` puts both onto the attention under the pattern:
     ``kept * out + rest``. ``kept`` estimates ``exp(lse_pattern - lse_full)``.
 
-    Sums in float32 at least. Memory is of the block pairs, and of the text keys for each query block.
+    Sums in float32 at least, under autocast too. Memory is of the block pairs, and of text keys for each query block.
 
     Args:
         q, k, v: as in `attend`; query head h reads kv head ``h // (heads / kv_heads)``.
@@ -78,9 +78,33 @@ def pooled_rest(
     if gate not in get_args(Gate):
         raise ValueError(f"gate must be one of {get_args(Gate)}, got {gate!r}")
     _check(q, k, routed, text, valid)
+    with torch.autocast(q.device.type, enabled=False):
+        return _pooled_rest(q, k, v, routed, gate, text, valid, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def rectified(
+    q: Float[Tensor, "batch heads q_len head_dim"],
+    k: Float[Tensor, "batch kv_heads kv_len head_dim"],
+    v: Float[Tensor, "batch kv_heads kv_len v_dim"],
+    routed: Routed,
+    *,
+    gate: Gate = "gapr",
+    text: int = 0,
+    valid: Bool[Tensor, "batch kv_len"] | None = None,
+    scale: float | int | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "batch heads q_len v_dim"]:
+    """Attention under a route, rectified: ``complete(attend(q, k, v, routed), *pooled_rest(...))``."""
+    out = attend(q, k, v, routed, q_start=routed.q_start, scale=scale, backend=backend)
+    assert isinstance(out, Tensor)  # no lse was asked for
+    return complete(out, *pooled_rest(q, k, v, routed, gate=gate, text=text, valid=valid, scale=scale))
+
+
+def _pooled_rest(
+    q: Tensor, k: Tensor, v: Tensor, routed: Routed, gate: Gate, text: int, valid: Tensor | None, scale: float | int
+) -> Rest:
     kv_len = k.shape[2]
     group = q.shape[1] // k.shape[1]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     queries, q_there = _in_blocks(q, routed.q_order, routed.block[0], group=1)
     keys, k_there = _in_blocks(k, routed.kv_order, routed.block[1], group, valid)
     values, _ = _in_blocks(v, routed.kv_order, routed.block[1], group, valid)
@@ -117,24 +141,6 @@ def pooled_rest(
         return Rest(kept[:, :, row], rest[:, :, row].to(v.dtype))
     row = row.expand(*kept.shape[:2], -1)
     return Rest(kept.gather(2, row), rest.gather(2, row[..., None].expand(-1, -1, -1, rest.shape[-1])).to(v.dtype))
-
-
-def rectified(
-    q: Float[Tensor, "batch heads q_len head_dim"],
-    k: Float[Tensor, "batch kv_heads kv_len head_dim"],
-    v: Float[Tensor, "batch kv_heads kv_len v_dim"],
-    routed: Routed,
-    *,
-    gate: Gate = "gapr",
-    text: int = 0,
-    valid: Bool[Tensor, "batch kv_len"] | None = None,
-    scale: float | int | None = None,
-    backend: str = "auto",
-) -> Float[Tensor, "batch heads q_len v_dim"]:
-    """Attention under a route, rectified: ``complete(attend(q, k, v, routed), *pooled_rest(...))``."""
-    out = attend(q, k, v, routed, q_start=routed.q_start, scale=scale, backend=backend)
-    assert isinstance(out, Tensor)  # no lse was asked for
-    return complete(out, *pooled_rest(q, k, v, routed, gate=gate, text=text, valid=valid, scale=scale))
 
 
 def _check(q: Tensor, k: Tensor, routed: Routed, text: int, valid: Tensor | None) -> None:

@@ -34,7 +34,7 @@ class BiLevelAttention(nn.Module):
 
     q and k learn through the attention alone. Sides that ``regions`` does not divide are padded right and below;
     padding enters no mean and is no key (in the released code it is one). For a map of n tokens the cost is
-    ``O(n^(4/3))`` with ``regions`` of about ``n^(1/6)`` a side.
+    ``O(n^(4/3))`` with ``regions`` of about ``n^(1/3)`` a side.
 
     Args:
         dim: width.

@@ -148,7 +148,8 @@ class BlockTopK(Route):
         pooled = pool_blocks(q, self.block[0], order=self.order)
         scale = 1 / sqrt(q.shape[3]) if self.scale is None else float(self.scale)
         centre = self._centre(means, summary.length) if self.centre_k else None
-        scores = pooled_scores(pooled, means if centre is None else means - centre, self.heads, scale)
+        with torch.autocast(q.device.type, enabled=False):  # the choice is of the means, in float32
+            scores = pooled_scores(pooled, means if centre is None else means - centre, self.heads, scale)
         if within is None or self.order is not None:
             return scores
         start = resolve_q_start(q.shape[2], summary.length, q_start)
