@@ -64,6 +64,13 @@ def test_nearest_lists_the_last_keys_of_the_cluster(queries, start, centroids, w
             assert [row.nonzero()[:, 0].tolist() for row in allowed] == want
 
 
+def test_of_equal_tokens_the_earlier_one_is_taken():
+    made = route(centroids=2, width=3)
+    one = drawn(1, 2, 1, 6).expand(-1, -1, 9, -1)
+    found = made(one, one)
+    assert found.q_order[0, 0].tolist() == found.kv_order[0, 0].tolist() == [0, 1, 2, 0, 1, 2]
+
+
 @pytest.mark.parametrize("members", ["balanced", "nearest"])
 def test_what_may_not_meet_uses_up_no_budget(members):
     made = route(members=members, width=3)

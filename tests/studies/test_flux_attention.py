@@ -32,7 +32,12 @@ def test_full_needs_a_decoder_that_answers(small, monkeypatch):
     found = study._routed([0], "cpu")
     assert found.state == "not measured"
     assert "premise not met" in found.reason
-    monkeypatch.setattr(study, "_right", lambda model, batch: np.full(8, 0.95))
+
+    def right(model, batch):
+        model(batch["ids"][:, :-1])
+        return np.full(8, 0.95)
+
+    monkeypatch.setattr(study, "_right", right)
     found = study._routed([0], "cpu")
     assert found.state == "does not hold"  # no better than a static plan
     assert found.figure == pytest.approx(0)
@@ -62,12 +67,12 @@ def test_right_answers_are_counted_over_asked_tokens():
 
     def half(ids):
         logits = knows(ids)
-        logits[2:] = 0
+        logits[2:] *= -1
         return logits
 
     assert study._right(knows, batch).tolist() == [1, 1, 1, 1]
     assert study._right(half, batch)[:2].tolist() == [1, 1]
-    assert study._right(half, batch)[2:].max() < 0.5
+    assert study._right(half, batch)[2:].max() == 0
     assert float(study._loss(knows, batch)) < 1e-6
 
 

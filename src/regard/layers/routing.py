@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.kernels.attend import attend
 from regard.layers.position import Position
 from regard.layers.refuse import need_heads, refuse
-from regard.patterns import Causal, Pattern, Route, Routed, Summary, Window, candidates
+from regard.patterns import Causal, Pattern, Route, Routed, Summary, Window, candidates, topk
 from regard.patterns.decided import both
 from regard.patterns.pattern import resolve_q_start
 
@@ -125,38 +125,33 @@ class KMeansRoute(nn.Module, Route):
             )
         c = self.centroids.shape[1]
         width = min(-(-keys // c) if self.width is None else self.width, keys)
-        groups = []
-        for x, allowed in ((x_q, None), (x_k, seen)):
-            near = self._near(x)
-            if allowed is not None:
-                near = near.masked_fill(~allowed[:, :, None], -torch.inf)
-            top = near.sort(dim=-1, descending=True, stable=True)
-            token = top.indices[..., :width].masked_fill(top.values[..., :width] == -torch.inf, keys)
-            token = token.sort(-1).values
-            groups.append(token.masked_fill(token == keys, -1))
+        near = self._near(x_k)
+        if not bool(seen.all()):
+            near.masked_fill_(~seen[:, :, None], -torch.inf)
         return Routed.groups(
-            groups[0], groups[1], "mean", q_len=queries, kv_len=keys, q_start=0, within=within, check=False,
-            cost=self.cost(queries, keys, x_q.shape[3]),
+            _highest(self._near(x_q), width), _highest(near, width), "mean", q_len=queries, kv_len=keys,
+            q_start=0, within=within, check=False, cost=self.cost(queries, keys, x_q.shape[3]),
         )  # fmt: skip
 
     def _nearest(self, x_q: Tensor, x_k: Tensor, seen: Tensor, start: int, within: Pattern | None) -> Routed:
         queries, keys, c = x_q.shape[2], x_k.shape[2], self.centroids.shape[1]
-        width = -(-keys // c) if self.width is None else self.width
-        q_cluster, k_cluster = self.assign(x_q), self.assign(x_k)
-        member = F.one_hot(k_cluster, c) * seen[..., None]  # [batch, heads, keys, c]
-        upto = member.cumsum(2)
-        place = (torch.arange(queries, device=x_q.device) + start).clamp(max=keys - 1)
-        before = upto[:, :, place].gather(3, q_cluster[..., None])  # members at or before the query's place
-        # keys sorted by cluster, by position inside one; those that no query may see come last
-        order = k_cluster.masked_fill(~seen.expand(k_cluster.shape), c).sort(dim=-1, stable=True).indices
-        total = member.sum(2)
-        first = (total.cumsum(-1) - total).gather(2, q_cluster)[..., None]
-        width = min(width, keys)
-        slot = before - torch.arange(width, 0, -1, device=x_q.device)  # the last w of them, ascending
-        token = order[:, :, None].expand(-1, -1, queries, -1).gather(3, (first + slot.clamp(min=0)).clamp(max=keys - 1))
-        token = token.masked_fill(slot < 0, keys).sort(-1).values
+        width = min(-(-keys // c) if self.width is None else self.width, keys)
+        # keys in the order of their clusters, by position inside one; what no query may see stands behind all
+        cluster = self.assign(x_k).masked_fill(~seen, c)
+        codes, order = (cluster * keys + torch.arange(keys, device=x_k.device)).sort(-1)
+        mine = self.assign(x_q) * keys
+        place = torch.arange(queries, device=x_q.device) + start
+        first, end = (
+            torch.searchsorted(codes, code.contiguous()) for code in (mine, mine + (place + 1).clamp(max=keys))
+        )
+        first = torch.maximum(first, end - width)  # the last w up to the query's own place
+        runs = F.pad(order.int(), (0, width)).unfold(2, width, 1)
+        sample, head = torch.arange(len(order))[:, None, None], torch.arange(order.shape[1])[:, None]
+        count = (end - first).int()
+        index = runs[sample.to(order.device), head.to(order.device), first]
+        index.masked_fill_(torch.arange(width, device=order.device) >= count[..., None], -1)
         return Routed.tokens(
-            token.masked_fill(token == keys, -1).int(), q_len=queries, kv_len=keys, q_start=start, check=False,
+            index, count, q_len=queries, kv_len=keys, q_start=start, check=False,
             within=both(within, Causal()), cost=self.cost(queries, keys, x_q.shape[3]),
         )  # fmt: skip
 
@@ -218,9 +213,11 @@ class KMeansRoute(nn.Module, Route):
     # -- parts
 
     def _near(self, x: Tensor) -> Tensor:
-        """``-|x - mu|^2 + |x|^2``, [batch, heads, centroids, length]: highest where nearest."""
-        mu = self.centroids.to(x.dtype)
-        return 2 * mu @ x.mT - mu.square().sum(-1, keepdim=True)
+        """``|x|^2 - |x - mu|^2``, [batch, heads, centroids, length]: highest where nearest."""
+        batch, heads, length, _ = x.shape
+        mu = self.centroids.to(x.dtype).repeat(batch, 1, 1)
+        size = mu.square().sum(-1, keepdim=True)
+        return torch.baddbmm(size, mu, x.flatten(0, 1).mT, beta=-1, alpha=2).view(batch, heads, -1, length)
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         heads, _, head_dim = self.centroids.shape
@@ -333,3 +330,13 @@ class RoutingAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _highest(near: Tensor, width: int) -> Tensor:
+    """The tokens of the ``width`` highest of each row, ascending, -1 behind; of equal ones the earlier."""
+    most = near.topk(min(width + 1, near.shape[-1]), -1)
+    if near.shape[-1] > width and bool((most.values[..., width - 1] == most.values[..., width]).any()):
+        return topk(width)(near)[0].long()  # which of the equal ones matters, and torch.topk takes any
+    token = most.indices[..., :width].masked_fill(most.values[..., :width] == -torch.inf, near.shape[-1])
+    token = token.sort(-1).values
+    return token.masked_fill(token == near.shape[-1], -1)
