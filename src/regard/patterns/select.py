@@ -56,11 +56,10 @@ def to_index(mask: Bool[Tensor, "*rows columns"]) -> tuple[Int[Tensor, "*rows wi
     """``(index, count)`` of what a mask selects."""
     count = mask.sum(-1, dtype=torch.int32)
     width = int(count.max()) if count.numel() else 0
-    place = mask.cumsum(-1, dtype=torch.int32) - 1
-    column = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int32).expand(mask.shape)
-    index = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
-    index.scatter_(-1, torch.where(mask, place, width).long(), column)
-    return index[..., :width].contiguous(), count
+    index = torch.full((*mask.shape[:-1], width), -1, dtype=torch.int32, device=mask.device)
+    there = torch.arange(width, device=mask.device) < count[..., None]
+    index[there] = mask.nonzero()[:, -1].to(torch.int32)
+    return index, count
 
 
 def best(scores: Tensor, k: Tensor | int) -> Tensor:
@@ -70,12 +69,12 @@ def best(scores: Tensor, k: Tensor | int) -> Tensor:
         if k >= scores.shape[-1]:
             return candidate
         least = _kth_highest(scores, k)
-        reached = scores >= least
+        reached = (scores >= least) & candidate
         if bool((reached.sum(-1) <= k).all()):  # nothing is tied with the last
-            return reached & candidate
+            return reached
         over = scores > least
         tied = reached & ~over
-        return (over | (tied & (tied.cumsum(-1) <= k - over.sum(-1, keepdim=True)))) & candidate
+        return over | (tied & (tied.cumsum(-1) <= k - over.sum(-1, keepdim=True)))
     place = scores.sort(stable=True, dim=-1, descending=True).indices
     rank = torch.empty_like(place).scatter_(-1, place, torch.arange(scores.shape[-1], device=k.device).expand_as(place))
     return (rank < k) & candidate
