@@ -35,6 +35,11 @@ def counts(x: Float[Tensor, "batch 1 frames height width"]) -> Int[Tensor, "batc
     return found
 
 
+def _bright(x: Tensor) -> Tensor:
+    """Objects alone in [0, 1]: what is darker than `LEVEL`, as a textured canvas, is black."""
+    return torch.where(x > LEVEL, (x.clamp(-1, 1) + 1) / 2, 0.0)
+
+
 @functools.cache
 def _templates() -> tuple[Tensor, Tensor]:
     """Unit vectors of the training digits and the shapes as 8 x 8 kernels, and the word of each."""
@@ -47,13 +52,13 @@ def _templates() -> tuple[Tensor, Tensor]:
 def kinds(x: Float[Tensor, "batch 1 frames height width"]) -> Int[Tensor, "batch"]:
     """The word of the one object of each video: the class whose best template fits best, on average over the frames.
 
-    Fit: the cosine of a template with the pixels under it, at the best place where at least half of the brightness of
-    the frame lies.
+    Fit: the cosine of a template with the bright pixels under it, at the best place of those that hold at least half
+    of the frame's bright energy.
     """
     kernels, words = _templates()
     said = []
     for video in x:
-        frames = (video[0, :, None] + 1).clamp(0, 2) / 2
+        frames = _bright(video[0, :, None])
         inner = conv2d(frames, kernels)
         energy = conv2d(frames.square(), torch.ones(1, 1, SIDE, SIDE))
         whole = frames.square().sum((1, 2, 3), keepdim=True)
@@ -69,7 +74,7 @@ def steadiness(x: Float[Tensor, "batch 1 frames height width"], reach: int = 3) 
 
     1 for one object away from the walls' bounces; a flickering object scores less.
     """
-    frames = (x[:, 0] + 1).clamp(0, 2) / 2
+    frames = _bright(x[:, 0])
     now, after = frames[:, :-1], frames[:, 1:]
     moves = range(-reach, reach + 1)
     fits = [(now.roll((dy, dx), (2, 3)) * after).sum((2, 3)) for dy in moves for dx in moves]
