@@ -119,7 +119,7 @@ class Kinds:
         """Kinds of blocks whose pairs are evaluated, each different one once."""
         if self.frame is not None and shifts(pattern):
             gap = self.k.low[cols] - self.q.low[rows]
-            code = gap * 2 + self.k.holes[cols]
+            code = (gap * 2 + self.k.holes[cols]) * 2 + self.q.holes[rows]  # short rows hold no queries at their end
         else:
             code = rows.astype(np.int64) * len(self.k.low) + cols
         _, first, which = np.unique(code, return_index=True, return_inverse=True)
