@@ -180,6 +180,11 @@ def test_equal():
             r"q_order must hold tokens in \[0, 4\) and -1 for padding, got 4",
         ),
         ([[0, 1]], {"q_order": torch.tensor([0, 1])}, "q_order must be an integer tensor"),
+        (
+            [[0]],
+            {"kv_order": torch.tensor([[[3, 0, -1]]]), "keep": Sinks(1)},
+            "kv_order must hold every token where keep",
+        ),
     ],
 )
 def test_bad_blocks_are_refused(rows, how, told):

@@ -93,8 +93,7 @@ class Routed(Makers, Pattern):
 
     @property
     def _lead(self) -> Tensor:
-        found = next(x for x in (self.index, self.start, self.which) if x is not None)
-        return found
+        return next(x for x in (self.index, self.start, self.which) if x is not None)
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +166,7 @@ class Routed(Makers, Pattern):
 
     def decision(self, head: int) -> int:
         """The decision of a query head."""
-        return head if self.decisions == 1 else head // ((self.q_heads or self.decisions) // self.decisions)
+        return 0 if self.decisions == 1 else head // ((self.q_heads or self.decisions) // self.decisions)
 
     def over(self, heads: int) -> Routed:
         """The same for so many query heads, a multiple of R: decision r is for heads ``[r n, (r + 1) n)``."""
@@ -234,7 +233,7 @@ class Routed(Makers, Pattern):
 
     def of(self, head: int = 0, sample: int = 0) -> Pattern:
         """One head of one sample: what it lists, ``| keep``, ``& within``."""
-        b, r = sample if self.batch > 1 else 0, self.decision(head) if self.decisions > 1 else 0
+        b, r = sample if self.batch > 1 else 0, self.decision(head)
         found: Pattern = ls.Listed(self, b, r)
         if self.which is not None:
             assert self.patterns is not None

@@ -15,7 +15,17 @@ from regard.patterns.pattern import Pattern, Rows
 if TYPE_CHECKING:
     from regard.patterns.decided import Routed
 
-__all__ = ["Listed", "check_blocks", "check_order", "check_score", "check_spans", "codes", "holds", "places"]
+__all__ = [
+    "Listed",
+    "check_blocks",
+    "check_order",
+    "check_score",
+    "check_spans",
+    "check_whole",
+    "codes",
+    "holds",
+    "places",
+]
 
 
 def _at(where: Tensor) -> str:
@@ -118,6 +128,12 @@ def check_order(name: str, order: Tensor | None, length: int, once: bool, check:
     if check and once and repeated(order):
         raise ValueError(f"{name} must hold each token at most once (groups may repeat queries, see Routed.groups)")
     return order.long()
+
+
+def check_whole(name: str, order: Tensor | None, length: int) -> None:
+    """Refuse an order, of tokens at most once, in which one is missing."""
+    if order is not None and bool(((order >= 0).sum(-1) != length).any()):
+        raise ValueError(f"{name} must hold every token where keep is given, which may ask for any of the {length}")
 
 
 def repeated(order: Int[Tensor, "*lead slots"]) -> bool:

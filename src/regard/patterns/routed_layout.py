@@ -65,7 +65,7 @@ def _listed(r: Routed, heads: int, samples: int) -> tuple[np.ndarray, np.ndarray
     if (samples, heads) == (r.batch, r.decisions):
         return cells, own
     ends = np.searchsorted(own, np.arange(r.batch * r.decisions + 1))
-    decision = np.array([r.decision(h) if r.decisions > 1 else 0 for h in range(heads)])
+    decision = np.array([r.decision(h) for h in range(heads)])
     sample = np.arange(samples) if r.batch > 1 else np.zeros(samples, np.int64)
     source = (sample[:, None] * r.decisions + decision).ravel()
     parts = [cells[ends[n] : ends[n + 1]] for n in source]

@@ -61,6 +61,9 @@ class Makers:
         sizes, at = block_size(block), resolve_q_start(q_len, kv_len, q_start)
         q_order = ls.check_order("q_order", q_order, q_len, True, check)
         kv_order = ls.check_order("kv_order", kv_order, kv_len, True, check)
+        if keep is not None and check:
+            ls.check_whole("q_order", q_order, q_len)
+            ls.check_whole("kv_order", kv_order, kv_len)
         rows = -(-(q_len if q_order is None else q_order.shape[-1]) // sizes[0])
         columns = -(-(kv_len if kv_order is None else kv_order.shape[-1]) // sizes[1])
         index, count = ls.check_blocks(index, count, rows, columns, check)
