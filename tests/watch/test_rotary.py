@@ -169,3 +169,20 @@ def test_rotations_handed_over_in_another_form_are_refused():
     with torch.no_grad(), pytest.raises(SeamError, match="handed its rotary positions as 'rope'"):
         with Seam(foreign := Foreign(), lambda call: call.rotary and None):
             foreign(torch.randn(1, 5, 64), rope=torch.ones(5, 16))
+
+
+def test_parts_that_rotate_in_another_way_are_refused():
+    from regard.layers.grid_rope import GridRope
+
+    class OnGrid(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project, self.rope = torch.nn.Linear(8, 8), GridRope(8, (2, 2))
+
+        def forward(self, x):
+            q = self.rope(self.project(x)[:, None], self.rope.angles((2, 3)))
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    with torch.no_grad(), pytest.raises(SeamError, match="rotates by a part of its own, GridRope"):
+        with Seam(model := OnGrid(), lambda call: call.rotary and None):
+            model(torch.randn(1, 6, 8))

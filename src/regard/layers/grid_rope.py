@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from regard.kernels.rotary import turn
+
 __all__ = ["GridRope"]
 
 
@@ -45,10 +47,7 @@ class GridRope(nn.Module):
         self, x: Float[Tensor, "batch heads tokens head_dim"], angles: Float[Tensor, "tokens half"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Each vector turned by its angles, in float32 at least."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = angles.to(dtype).cos(), angles.to(dtype).sin()
-        first, second = x.to(dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        return turn(x, angles)
 
     def extra_repr(self) -> str:
         """Pairs and base."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = ["Rotary"]
 
 # Arguments by which models hand rotations to their layers in forms other than transformers' (cos, sin).
 _OTHER_NAMES = ("rotary_emb", "image_rotary_emb", "rotary_pos_emb", "rope", "freqs_cis")
+_ROTATES = re.compile(r"Rotary|Rope|RoPE")  # names of parts that do
 _PROBED = 8  # queries on which the rotation is compared with what the model computes
 
 
@@ -130,7 +132,7 @@ def _refuse_if_other(call: Call) -> None:
                     f"layer {call.layer!r} was handed its rotary positions as {name!r}; the seam knows them as "
                     "position_embeddings=(cos, sin) and as the Rope of this project's layers"
                 )
-    inside = [m for m in own_frame(call).module.modules() if "rotary" in type(m).__name__.lower()]
+    inside = [m for m in own_frame(call).module.modules() if _ROTATES.search(type(m).__name__)]
     if inside:
         raise SeamError(
             f"layer {call.layer!r} rotates by a part of its own, {type(inside[0]).__name__}; the seam knows rotary "
