@@ -189,7 +189,7 @@ def _decoder(name: str, device: str, seed: int) -> list[Finding]:
     from regard.tasks.testbeds import load
 
     loaded = load(name, device=device)
-    below = below_gate(loaded)
+    below = below_gate(loaded, "needle_2048", "needle_4096")
     if below:
         return [Finding(claim, "not measured", reason=below) for claim in ("loss", "recall")]
     model, route = loaded.model, HiP(**LARGE)
