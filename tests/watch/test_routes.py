@@ -154,6 +154,18 @@ def test_a_cache_that_is_swapped_cut_or_changed_is_summed_up_again():
         assert torch.allclose(logits(model, new, shorter), got, atol=1e-5)
 
 
+def test_chunks_and_single_tokens_are_appended_without_a_copy_of_the_keys():
+    model, tokens = llama(), ids(1, 16)
+    with torch.no_grad(), attend_with(model, ROUTE) as changed:
+        want = model(tokens).logits
+        cache, made = DynamicCache(), changed.summaries.made
+        parts = [logits(model, part, cache) for part in tokens.split([7, 1, 4, 1, 3], 1)]
+        assert torch.allclose(torch.cat(parts, 1), want, atol=1e-5)
+        assert changed.summaries.made == made + 2
+        assert changed.summaries.appended == 2 * 4
+        assert all(known.held is not None and not known.copies for known in changed.summaries._known.values())
+
+
 def test_a_static_cache_that_is_used_again():
     """Its buffer stays the same object: what was known is compared with a copy."""
     from transformers import StaticCache

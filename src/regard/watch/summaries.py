@@ -150,5 +150,7 @@ def _layer(call: Call) -> Any | None:
     keys = getattr(layer, "keys", None)
     if kind != "transformers.cache_utils.DynamicLayer" or not isinstance(keys, Tensor) or keys.is_inference():
         return None
-    same = keys.data_ptr() == call.k.data_ptr() and keys.shape == call.k.shape and keys.dtype == call.k.dtype
-    return layer if same else None
+    if keys.shape != call.k.shape or keys.dtype != call.k.dtype or keys.device != call.k.device:
+        return None
+    # models that repeat keys for their groups hand over a copy
+    return layer if keys.data_ptr() == call.k.data_ptr() or torch.equal(keys, call.k) else None
