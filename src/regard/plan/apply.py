@@ -63,6 +63,7 @@ def inputs_of(call: Call, own: OwnMask | None = None) -> Inputs:
         is_causal=call.is_causal,
         place=lambda pattern: own.around(pattern, True),
         bias=own.bias,
+        lengths=tuple(max(0, stop - start) for start, stop in own.spans) if len(own.spans) > 1 else (),
     )
 
 

@@ -14,6 +14,8 @@ __all__ = ["candidates", "own_routes", "window_widths"]
 
 BLOCK = 64
 """Keys are cut into blocks of this many by the kernel on a CPU; a column costs as much as its block."""
+LAST = 128
+"""Queries at the end that may see all, as an option of causal heads: what is looked up is asked for there."""
 STRIPES = (4, 16)
 """Blocks of columns that are tried for heads with vertical stripes."""
 
@@ -64,6 +66,9 @@ def candidates(
             made = Window(w) | Sinks(SINKS) if causal else Window(w // 2, w // 2) | Sinks(SINKS)
             name = f"sinks {SINKS} + window {w}"
         everyone.append(_option(known, name, made))
+    if causal and length >= 8 * LAST and windows is None:
+        how = ScaledWindow(0, SINKS, last=LAST)
+        everyone.append(_option(known, f"sinks {SINKS} + window 64 + last {LAST} queries", how))
     everyone += [_option(known, str(pattern), pattern) for pattern in extra]
     chosen = own_routes(length, causal) if routes is None else routes
     everyone += [_option(known, _route_name(route), route) for route in chosen]

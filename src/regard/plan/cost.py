@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,11 +42,13 @@ class CostModel:
     threads: int = field(default_factory=torch.get_num_threads)
     spent: float = 0.0
     """Seconds that timing took."""
+    _taken: dict[tuple[Shape, str, int], list[float]] = field(default_factory=dict, repr=False)
 
     def note(self, shape: Shape, option: Option, n: int, seconds: float) -> None:
-        """A call that took so long; the least of all is kept, since whatever else runs only adds."""
-        known = self.times.setdefault((shape, option.name), {})
-        known[n] = min(seconds, known.get(n, seconds))
+        """A call that took so long; the median of all is kept: what runs beside it will run beside a plan too."""
+        taken = self._taken.setdefault((shape, option.name, n), [])
+        taken.append(seconds)
+        self.times.setdefault((shape, option.name), {})[n] = statistics.median(taken)
 
     def time(self, call: Inputs, options: Sequence[Option]) -> None:
         """Time what is not known yet of these options on this call: as a group of one head, and as two if dense.
@@ -116,7 +119,7 @@ def _best(call: Inputs, group: Group) -> float:
         if call.q.device.type == "cuda":
             torch.cuda.synchronize(call.q.device)
         taken.append(time.perf_counter() - start)
-    return min(taken[1:])  # the first one lays out blocks; whatever else runs only adds
+    return statistics.median(taken[1:])  # the first one lays out blocks
 
 
 def _one(call: Inputs, group: Group) -> None:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernels.attend import attend
-from regard.patterns import Causal, Full, Pattern
+from regard.patterns import Causal, Full, Pattern, per_sample
 from regard.patterns.routed import Route
-from regard.plan.options import Option
+from regard.plan.options import Option, ScaledWindow
 
 __all__ = ["Group", "Inputs", "Routed", "grouped", "run_groups", "run_into"]
 
@@ -44,6 +44,7 @@ class Inputs:
     is_causal: bool  # of the dense call, counted from 0 on both axes
     place: Callable[[Pattern], Pattern]  # a pattern inside what the model allows in this call
     bias: Tensor | None = None  # what `place` cannot say, added to the scores
+    lengths: tuple[int, ...] = ()  # tokens of each sample, where padding sets them apart
 
     def of(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the group's heads, keys spread to them."""
@@ -54,6 +55,18 @@ class Inputs:
         heads = torch.tensor(group.heads, device=q.device)
         shared = heads // repeat
         return q.index_select(1, heads), k.index_select(1, shared), v.index_select(1, shared)
+
+    def pattern(self, option: Option) -> Pattern:
+        """The option's pattern, inside what the model allows; what scales does so by each sample's own tokens.
+
+        Raises:
+            ValueError: for an option that is no pattern.
+        """
+        if not isinstance(option.how, (Pattern, ScaledWindow)):
+            raise ValueError(f"option {option.name!r} is no pattern")
+        if isinstance(option.how, ScaledWindow) and len(self.lengths) > 1:
+            return self.place(per_sample([option.how.at(n) for n in self.lengths]))
+        return self.place(option.how.at(self.k.shape[2]) if isinstance(option.how, ScaledWindow) else option.how)
 
     def part(self, x: Tensor | None, group: Group) -> Tensor | None:
         """A mask or bias of the group's heads."""
@@ -102,7 +115,7 @@ def run_into(out: Tensor, call: Inputs, group: Group, routed: Routed | None = No
 
 
 def _run(call: Inputs, group: Group, routed: Routed | None) -> Tensor:
-    how = group.option.at(call.k.shape[2])
+    how = group.option.how
     if group.option.kind == "nothing":
         return call.q.new_zeros(call.q.shape[0], len(group.heads), call.q.shape[2], call.v.shape[3])
     q, k, v = call.of(group)
@@ -114,7 +127,7 @@ def _run(call: Inputs, group: Group, routed: Routed | None) -> Tensor:
             return routed(group, how, q, k, v)
         pattern: Pattern = how.fresh()(q, k, within=call.place(Full()), q_start=call.q_start)
     else:
-        pattern = call.place(how)
+        pattern = call.pattern(group.option)
     bias = call.part(call.bias, group)
     if q.shape[2] == 1 and pattern.samples is None and bias is None and not isinstance(how, Route):
         return _one_query(q, k, v, pattern, call.q_start, call.scale)
@@ -130,6 +143,8 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, q_start: int, 
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     seen = pattern.allows(torch.tensor([q_start], device=q.device), torch.arange(kv_len, device=q.device))
     keys = seen.expand(kv_len).nonzero().flatten()
+    if len(keys) == kv_len:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     if not len(keys):
         return q.new_zeros(*q.shape[:3], v.shape[3])
     return F.scaled_dot_product_attention(q, k.index_select(2, keys), v.index_select(2, keys), scale=scale)

@@ -70,12 +70,19 @@ class Evidence:
         ahead = wide[:, n - 1 :]
         if not self.causal:
             ahead = ahead + wide[:, n - 1 :: -1]
-        found = [(0, 0.0, 0.0)] * heads
-        for period in range(8, n // 2 + 1):
-            held = ahead[:, period::period].sum(1)
-            for head in np.flatnonzero(held[:-1] >= 2 * held[-1]) if held[-1] > 0 else ():
-                if held[head] > found[head][1] * 1.05:
-                    found[head] = (period, float(held[head]), float(held[head] / held[-1]))
+        periods = range(8, n // 2 + 1)
+        held = np.array([ahead[:, period::period].sum(1) for period in periods]).reshape(-1, heads + 1)
+        found = []
+        for head in range(heads):
+            lift = held[:, head] / np.maximum(held[:, -1], 1e-12)
+            most = held[lift >= 2, head].max(initial=0.0)
+            # multiples of half a period are no fewer: of those that hold nearly all, the most telling
+            at = np.flatnonzero((lift >= 2) & (held[:, head] >= 0.9 * most) & (held[:, head] > 0))
+            if not len(at):
+                found.append((0, 0.0, 0.0))
+                continue
+            best = int(at[lift[at].argmax()])
+            found.append((periods[best], float(held[best, head]), float(lift[best])))
         return found
 
 

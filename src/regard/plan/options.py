@@ -22,6 +22,7 @@ from regard.patterns import (
     Pattern,
     PerHead,
     PowerOfTwo,
+    Queries,
     Sinks,
     Strided,
     StrideSlash,
@@ -42,26 +43,38 @@ ROUND = 64
 
 @dataclass(frozen=True)
 class ScaledWindow:
-    """A window as wide as a share of the keys, beside sinks: ``Window(ceil64(share * length)) | Sinks(sinks)``.
+    """A window beside sinks, as wide as a share of the keys: ``Window(ceil64(share * length)) | Sinks(sinks)``.
 
-    ``right``: as many keys after the query's own.
+    Args:
+        share: of the length, in (0, 1]; 0: the narrowest, 64 keys at every length.
+        sinks: first keys that every query sees.
+        right: as many keys after the query's own.
+        last: so many queries at the end see all that the model lets them see, and so does every step of decoding: an
+            answer is asked for there. Costs ``last / length`` of dense attention.
     """
 
     share: float | int
     sinks: int = 0
     right: bool = False
+    last: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {self.share!r}")
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"sinks must be an integer >= 0, got {self.sinks!r}")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
+            raise ValueError(f"share must lie in [0, 1], got {self.share!r}")
+        for name in ("sinks", "last"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
 
     def at(self, length: int) -> Pattern:
         """The pattern for this many keys."""
         width = max(ROUND, -(-round(self.share * length) // ROUND) * ROUND)
-        window = Window(width, width if self.right else 0)
-        return window | Sinks(self.sinks) if self.sinks else window
+        found: Pattern = Window(width, width if self.right else 0)
+        if self.sinks:
+            found = found | Sinks(self.sinks)
+        if self.last and length:
+            found = found | Queries(((max(0, length - self.last), length),))
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -222,15 +222,17 @@ class Recording:
         group = Group(option, tuple(heads), len(heads) == inputs.q.shape[1])
         if option.kind == "nothing":
             return -full[:, heads].float(), torch.zeros_like(lse[:, heads])
+        at = torch.tensor(heads, device=full.device)
         for again in (True, False):
             start = time.perf_counter()
             q, k, v = inputs.of(group)
-            how: Any = option.at(inputs.k.shape[2])
+            how = option.how
             if isinstance(how, Route):
                 pattern: Pattern = how.fresh()(q, k, within=inputs.place(Full()), q_start=inputs.q_start)
             else:
-                pattern = inputs.place(how)
+                pattern = inputs.pattern(option)
             out, part = _attend(inputs, pattern, q, k, v, inputs.part(inputs.bias, group))
+            torch.empty_like(full).index_copy_(1, at, out)  # as a group of some heads is written
             seconds = time.perf_counter() - start
             if not (again and layer.shape not in self._warm.setdefault(option.name, set())):
                 break
@@ -288,7 +290,7 @@ def _without_graph(output: Any) -> Any:
 
 
 def _detached(x: Inputs) -> Inputs:
-    return Inputs(x.q.detach(), x.k.detach(), x.v.detach(), x.scale, x.q_start, x.mask, x.is_causal, x.place, x.bias)
+    return replace(x, q=x.q.detach(), k=x.k.detach(), v=x.v.detach())
 
 
 def _attend(

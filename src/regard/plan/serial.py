@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,7 @@ def option_to_plain(option: Option, tensors: dict[str, Tensor]) -> dict[str, Any
     """
     how = option.how
     if isinstance(how, ScaledWindow):
-        said: Any = {"ScaledWindow": {"share": how.share, "sinks": how.sinks, "right": how.right}}
+        said: Any = {"ScaledWindow": {f.name: getattr(how, f.name) for f in fields(how)}}
     else:
         said = to_plain(how, tensors)
     return {"name": option.name, "how": said}
@@ -37,7 +38,7 @@ def option_from_plain(plain: Any, tensors: dict[str, Tensor]) -> Option:
     how = plain["how"]
     if isinstance(how, dict) and set(how) == {"ScaledWindow"}:
         given = how["ScaledWindow"]
-        if not isinstance(given, dict) or set(given) != {"share", "sinks", "right"}:
-            raise ValueError(f"ScaledWindow takes share, sinks, right, got {given!r}")
+        if not isinstance(given, dict) or set(given) != {f.name for f in fields(ScaledWindow)}:
+            raise ValueError(f"ScaledWindow takes share, sinks, right, last, got {given!r}")
         return Option(plain["name"], ScaledWindow(**given))
     return Option(plain["name"], from_plain(how, tensors))
