@@ -7,6 +7,7 @@ padded. Where the queries of a row differ in what they may see, the pairs of a c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class SpanBatch(Batch):
         """Single tokens."""
         return 1
 
-    @property
+    @cached_property
     def masked(self) -> bool:
         """Whether rows are padded, or pairs evaluated."""
         return self.spans is not None or bool((self.counts < self.padded).any())
