@@ -50,7 +50,7 @@ def tiny_video(monkeypatch):
 
 
 def test_the_full_size_plans_a_video_model(monkeypatch, tiny_video):
-    for name, value in {"PROMPTS": 1, "VIDEOS": 2, "STEPS": 3, "EVERY": 2, "EPS": 100.0}.items():
+    for name, value in {"PROMPTS": 1, "VIDEOS": 2, "STEPS": 3, "EVERY": 2, "EPS": 100.0, "BLOCK": 8}.items():
         monkeypatch.setattr(study, name, value)
     found = {f.claim: f for f in study._video("untrained", "cpu", 0)}
     assert set(found) == {"agree", "shuffled", "skipped"}

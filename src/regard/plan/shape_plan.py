@@ -25,7 +25,7 @@ from regard.plan.options import DENSE, NOTHING, Option
 from regard.plan.plan import Plan
 from regard.plan.record import projections
 from regard.plan.rounded import density_of, one_head
-from regard.plan.shapes import kind_of_shape, search_shapes, video_options
+from regard.plan.shapes import WIDTHS, kind_of_shape, search_shapes, video_options
 from regard.watch.anatomy import Anatomy
 from regard.watch.anatomy import anatomy as find_anatomy
 from regard.watch.call import Call
@@ -69,6 +69,7 @@ def record_shapes(
     prefix: int = 0,
     suffix: int = 0,
     block: int | None = None,
+    widths: Sequence[int] = WIDTHS,
     anatomy: Anatomy | None = None,
 ) -> ShapeErrors:
     """The error of every option of `video_options` in every self-attention head.
@@ -80,6 +81,7 @@ def record_shapes(
         inputs: of several prompts and steps, with both guidance branches: dicts, tuples or tensors for ``model``.
         shape, prefix, suffix: tokens of the video and of the text around it, see `video_options`.
         block: None: exact shapes; 64, say: rounded up to whole blocks, which kernels run faster; see `video_options`.
+        widths: of diagonals and multi-diagonals, see `video_options`.
         anatomy: the model's parts, where its output projections cannot be found.
 
     Raises:
@@ -93,7 +95,8 @@ def record_shapes(
         if parts is None:
             parts = find_anatomy(model, inputs[0])
         received = _Received(length)
-        tried = _Tried(shape, prefix, suffix, block, received, projections(model, parts))
+        how: dict[str, Any] = {"prefix": prefix, "suffix": suffix, "block": block, "widths": tuple(widths)}
+        tried = _Tried(shape, how, received, projections(model, parts))
         for handler in (received, tried):
             for given in inputs:
                 with Seam(model, handler, edits=True):
@@ -133,13 +136,11 @@ class _Tried:
     def __init__(
         self,
         shape: Sequence[int],
-        prefix: int,
-        suffix: int,
-        block: int | None,
+        how: dict[str, Any],
         received: _Received,
         projections: dict[str, tuple[str, Tensor]],
     ) -> None:
-        self.shape, self.prefix, self.suffix, self.block = shape, prefix, suffix, block
+        self.shape, self.how = shape, how
         self.received, self.projections = received, projections
         self.patterns: dict[str, dict[str, Pattern]] = {}
         self.alike: dict[str, Pattern] = {}
@@ -154,8 +155,7 @@ class _Tried:
             return None
         name, inputs = label_of(call), inputs_of(call)
         if name not in self.patterns:
-            how: dict[str, Any] = {"prefix": self.prefix, "suffix": self.suffix, "block": self.block}
-            made = video_options(self.shape, self.received.sums[name], **how)
+            made = video_options(self.shape, self.received.sums[name], **self.how)
             # shapes that are alike in all layers are one object, so that a plan has one option of them
             self.patterns[name] = {n: p if p.heads else self.alike.setdefault(n, p) for n, p in made.items()}
             self.shapes[name], self.causal[name] = shape_of(inputs), call.causal
@@ -190,7 +190,7 @@ class _Tried:
         if not layers:
             raise ValueError("model made no self-attention call that the seam saw")
         first = self.patterns[layers[0]]
-        length = self.prefix + prod(self.shape) + self.suffix
+        length = self.received.length
         heads = {self.lost[name].shape[0] for name in layers}
         if len(heads) > 1:
             raise ValueError(f"layers must have as many heads as one another, got {sorted(heads)}")
@@ -207,7 +207,7 @@ class _Tried:
             errors=torch.stack(errors).numpy(),
             mass=torch.stack([torch.stack(self.mass[n]).mean(0) for n in layers]).numpy(),
             density=np.array([density_of(p, length, length) for p in first.values()]),
-            block=self.block,
+            block=self.how["block"],
             received=self.received.sums,
             projected=all(n.split("#")[0] in self.projections for n in layers),
         )

@@ -32,6 +32,7 @@ def video_options(
     prefix: int = 0,
     suffix: int = 0,
     block: int | None = None,
+    widths: Sequence[int] = WIDTHS,
 ) -> dict[str, Pattern]:
     """The options of a head by name: "full", "diagonal/32" and on (``|i - j| <= L / 32``), "multi-diagonal/32" and on
     (``|i - j - m n| <= n / 32`` for some m, n tokens a frame), "stripe" (see `stripes`), "skip" (no key: output 0).
@@ -44,13 +45,15 @@ def video_options(
         block: None: pair by pair, as said. Else every shape is rounded up to whole blocks of so many tokens and stored
             as a route, which a kernel runs without masks: multi-diagonals in the order that puts the frames of a place
             together, stripes with their keys gathered.
+        widths: the parts 32, 16, 8 of the length, or of a frame. For budgets near the whole, 4, 3 and 2 besides:
+            else heads are dense or narrow, and one wide diagonal for all may lose less.
     """
     length, n = prod(shape), prod(shape[1:])
     joined = _Text(prefix, length, suffix, block, tuple(shape))
     options: dict[str, Pattern] = {"full": Full()}
-    for part in WIDTHS:
+    for part in widths:
         options[f"diagonal/{part}"] = joined.diagonal(length // part)
-    for part in WIDTHS:
+    for part in widths:
         options[f"multi-diagonal/{part}"] = joined.multi_diagonal(min(n // part, (n - 1) // 2))
     if received is not None:
         options["stripe"] = joined.stripes(received, max(1, length // 16))

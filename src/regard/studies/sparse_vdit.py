@@ -84,8 +84,8 @@ SPREAD, STRIPES, RAISED = 2.0, 32, 6.0
 PLANTED = ["diagonal"] * 3 + ["multi-diagonal"] * 3 + ["stripe"] * 3 + ["full"] * 2 + ["skip"]
 DRAWS = {"smoke": 3, "full": 10}
 # The video transformer: prompts of each of the two sets, videos judged, steps of a sampling, each how-many-th of them
-# planned on, and dense operations over those of the plan.
-PROMPTS, VIDEOS, STEPS, EVERY, RATIO = 2, 2, 8, 3, 1.6
+# planned on, dense operations over those of the plan, and the blocks to which shapes are rounded up, as kernels want.
+PROMPTS, VIDEOS, STEPS, EVERY, RATIO, BLOCK = 2, 2, 8, 3, 1.6, 64
 
 
 def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str | None = None) -> list[Finding]:
@@ -227,7 +227,7 @@ def _video(model: str, device: str, seed: int) -> list[Finding]:
     found, choices = [], []
     for part in sets:
         inputs = calibration(loaded.model, noises[part], words[part].to(device), steps=STEPS)
-        found.append(record_shapes(loaded.model, inputs[1::EVERY], grid))
+        found.append(record_shapes(loaded.model, inputs[1::EVERY], grid, block=BLOCK))
         choices.append(plan_shapes(found[-1], 1 / RATIO, eps=EPS))
     arms = rivals(loaded.model, found[0], 1 / RATIO, grid, seed=seed, eps=EPS)
     arms = {name: arms[name] for name in ("plan", "shuffled")}
