@@ -7,6 +7,7 @@ from regard.patterns import BlockTopK, Causal, Columns, Full, PerHead, Queries, 
 from regard.plan.groups import Inputs, grouped, run_groups
 from regard.plan.options import DENSE, NOTHING, Option, ScaledWindow
 from regard.plan.plan import PlanError
+from regard.watch.attend_with import attend_with
 from regard.watch.seam import Seam, SeamError
 from tests.plan.makers import by_hand, llama, pattern_of, shapes_of
 from tests.watch.test_attend_with import Dense, output
@@ -15,6 +16,7 @@ from tests.watch.zoo import build, ids
 NEAR = Option("near", Window(2, 1) | Sinks(1))
 FIRST = Option("first", Sinks(2))
 OPTIONS = [DENSE, NEAR, NOTHING, FIRST]
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -63,19 +65,24 @@ def test_padding_moves_patterns_along(side):
 
 def test_generate_and_its_cache_agree_with_whole_texts():
     model, tokens = llama(), ids(2, 9)
-    route = Option("route", BlockTopK((1, 2), select=topk(2), keep=Window(1)))
-    plan = by_hand(model, {"input_ids": tokens}, [DENSE, NEAR, route, NOTHING])
-    made = {}
+    plan = by_hand(model, {"input_ids": tokens}, [DENSE, NEAR, FIRST, NOTHING])
+    made = []
     for cache in (True, False):
-        with plan.applied(model) as applied:
-            made[cache] = model.generate(
-                tokens, max_new_tokens=8, do_sample=False, use_cache=cache, attention_mask=torch.ones_like(tokens)
-            )
-        if cache:
-            assert applied.summaries.appended > 0
-    assert made[True].tolist() == made[False].tolist()
-    dense = model.generate(tokens, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(tokens))
-    assert dense.shape == made[True].shape
+        with plan.applied(model):
+            made.append(model.generate(tokens, **GREEDY, use_cache=cache, attention_mask=torch.ones_like(tokens)))
+    assert made[0].tolist() == made[1].tolist()
+
+
+def test_routes_append_to_what_they_know_while_decoding():
+    model, tokens = llama(kv_heads=4), ids(2, 9)
+    route = BlockTopK(2, select=topk(2), keep=Window(1))
+    plan = by_hand(model, {"input_ids": tokens}, [Option("route", route)])
+    with plan.applied(model) as applied:
+        found = model.generate(tokens, **GREEDY, attention_mask=torch.ones_like(tokens))
+    assert applied.summaries.appended > 0
+    with attend_with(model, route):
+        wanted = model.generate(tokens, **GREEDY, attention_mask=torch.ones_like(tokens))
+    assert found.tolist() == wanted.tolist()
 
 
 def test_a_head_given_nothing_gives_zeros_at_every_step():
