@@ -29,11 +29,12 @@ def single(like: Plan, pattern: Pattern | Route) -> Plan:
 def random_plan(like: Plan, generator: torch.Generator) -> Plan:
     """Heads shuffled inside each layer, and in place of each pattern as many blocks of 64 keys, drawn at random.
 
-    Rows of 64 queries have as many blocks as the pattern has there, their own always among them; dense heads and those
-    given nothing stay what they are. It holds for the plan's own length, and costs what the plan costs.
+    Rows of 64 queries have as many blocks as the pattern has there, their own always among them; a route's rows have as
+    many as it takes of random queries and keys, beside what it always keeps. Dense heads and those given nothing stay
+    what they are. It holds for the plan's own length, and costs what the plan costs.
 
     Raises:
-        ValueError: for a plan with routes, whose blocks are not known before q and k are.
+        ValueError: for routes that decide on spans or groups.
     """
     layers = {}
     for name, options in like.layers.items():
@@ -53,11 +54,15 @@ def _drawn(like: Plan, name: str, option: Option, heads: int, generator: torch.G
         return option
     q_len, kv_len = like.shapes[name][3:5]
     how: Any = option.at(kv_len)
-    if not isinstance(how, Pattern):
-        raise ValueError(
-            f"option {option.name!r} of {name} decides from q and k; random blocks have no density to keep"
-        )
     within = Causal() if like.causal.get(name) else Full()
+    if isinstance(how, Route):
+        q, k = (torch.randn(1, heads, n, 4, generator=generator) for n in (q_len, kv_len))
+        made = how(q, k, within=within)
+        if made.index is None:
+            raise ValueError(
+                f"option {option.name!r} of {name} decides on spans or groups, which no random blocks match"
+            )
+        return Option(f"random blocks, as many as {option.name} takes, in {name}", random_blocks(made, generator))
     layout = (how & within).layout(q_len, kv_len, BLOCK)
     some, _ = layout.dense()
     count = some[0, 0].sum(-1, dtype=torch.int32)
