@@ -18,6 +18,7 @@ from regard.kernels import blocked_flash, blocked_math, routed_math
 from regard.kernels.blocked_plan import FULL
 from regard.kernels.blocked_routed import in_slots, serves, slot_heads
 from regard.kernels.blocked_strips import Call, strips
+from regard.kernels.by_choice import run_by_choice
 from regard.kernels.normalize import Softmax
 from regard.kernels.request import Request
 from regard.kernels.routed_tiles import Tiles, make_tiles
@@ -46,6 +47,9 @@ def _call(r: Request, tiles: Tiles | None = None) -> Call:
 
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
     """``(out [batch, heads, q_len, v_dim], lse [batch, heads, q_len] or None)``."""
+    chosen = run_by_choice(request, run)
+    if chosen is not None:
+        return chosen
     r = request
     if _fused(r):
         # Half precision stays as it is where the kernel is fast in it: bfloat16, not float16.
