@@ -263,7 +263,7 @@ class _Problem:
         self.errors = np.full(shape, np.inf)
         self.seconds, self.calls = np.zeros(shape), np.zeros((len(self.layers), len(self.options) + 1))
         for row, layer in enumerate(self.layers):
-            own, error = layer.shape[1], layer.mean("effect")
+            own, error = layer.shape[1], _objective(layer)
             self.errors[row, own:, -1] = 0.0
             for n, option in enumerate(layer.options):
                 at = self.options.index(option)
@@ -346,6 +346,15 @@ class _Problem:
         }
 
 
+def _objective(layer: LayerRecord) -> np.ndarray:
+    """What is summed over heads: the effect on the judge's figure, and the squared error at the queries it asks for.
+
+    An effect is a gradient times a change, and gradients vanish where the model is sure of its answer, though without
+    what it looked up it would not be. There the error itself counts.
+    """
+    return layer.mean("effect") + layer.mean("asked")
+
+
 def _why(mine: dict[str, Any], considered: list[dict[str, Any]]) -> str:
     dense = next(c for c in considered if c["kind"] == "dense")
     saved = 1e3 * (dense["seconds"] - mine["seconds"])
@@ -399,6 +408,11 @@ def _meet_loss(
             best, best_harms, low = which, means, budget
         else:
             high = budget
+        if low and high < most:  # known from both sides: the middle, on a scale of logarithms
+            if high < 1.1 * low:
+                break
+            budget = (low * high) ** 0.5
+            continue
         # the loss grows faster than the effect: half the way on a scale of logarithms
         step = min(STEP, max(1 / STEP, (0.8 * loss / worst) ** 0.5)) if worst > 0 else STEP
         budget = min(max(budget * step, low * 1.1), high * 0.9 if high < most or not fits else most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from regard.patterns import BlockTopK, Columns, Diagonals, Pattern, Sinks, Window, topk
+from regard.patterns import BlockTopK, Columns, Diagonals, Or, Pattern, Sinks, Window, topk
 from regard.patterns.routed import Route
 from regard.plan.observe import SINKS, Evidence, role_of
 from regard.plan.options import DENSE, NOTHING, Option, ScaledWindow
@@ -82,12 +82,22 @@ def candidates(
 
 
 def _route_name(route: Route) -> str:
-    """``BlockTopK 64: topk(k=8)``, with what it keeps besides."""
+    """``BlockTopK 64, topk(k=8) + sinks 4 + window 64``: its blocks, its rule, and what it keeps besides."""
     rule, keep = getattr(route, "rule", None), getattr(route, "keep", None)
     if rule is None:
         return str(route)
     block = "x".join(map(str, dict.fromkeys(route.block)))
-    return f"{type(route).__name__} {block}: {rule}" + ("" if keep is None else f" beside {keep}")
+    return f"{type(route).__name__} {block}, {rule}" + ("" if keep is None else f" + {_pattern_name(keep)}")
+
+
+def _pattern_name(pattern: Pattern) -> str:
+    if isinstance(pattern, Or):
+        return f"{_pattern_name(pattern.left)} + {_pattern_name(pattern.right)}"
+    if isinstance(pattern, Sinks):
+        return f"sinks {pattern.n}"
+    if isinstance(pattern, Window) and not pattern.right:
+        return f"window {pattern.left}"
+    return str(pattern)
 
 
 def _whole(widths: Sequence[int | float], length: int) -> list[int]:

@@ -32,6 +32,10 @@ class Judge(ABC):
         """A number of the dense run whose gradient g says what a change costs; None: there is none."""
         return None
 
+    def asked(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Bool ``[batch, length]``: the few queries whose outputs are judged; None: all are."""
+        return None
+
     @abstractmethod
     def keep(self, output: Any, inputs: Mapping[str, Any]) -> Any:
         """What it must know of the dense run."""
@@ -70,6 +74,12 @@ class TokenLoss(Judge):
         nll = F.cross_entropy(logits.transpose(1, 2), drawn, reduction="none")
         counts = labels >= 0
         return (nll * counts).sum() / counts.sum()
+
+    def asked(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Queries that predict a token that counts, where ``labels`` say which do."""
+        if inputs.get("labels") is None:
+            return None
+        return F.pad(self._labels(inputs) >= 0, (0, 1))
 
     def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
         ids = inputs["input_ids"]

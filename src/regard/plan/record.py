@@ -40,15 +40,16 @@ WORST = 0.01
 """Share of queries whose error is kept apart, the worst ones."""
 LEAST_GAIN = 0.15
 """Share of dense attention's time that an option must save to be tried."""
-QUANTITIES = ("error", "worst", "mass", "least_mass", "effect")
+QUANTITIES = ("error", "worst", "asked", "mass", "least_mass", "effect")
 
 
 @dataclass(eq=False)
 class LayerRecord:
     """What was found of one layer's heads; arrays are ``[heads, options]``, sums over sequences, NaN where not tried.
 
-    ``error``: mean over queries of the relative error; ``worst``: the mean over the worst 1 % of queries; ``mass``:
-    mean kept mass; ``least_mass``: over the worst 1 % of queries; ``effect``: in the judge's unit.
+    ``error``: mean over queries of the relative error; ``worst``: its mean over the worst 1 % of queries; ``asked``:
+    mean of its square over the queries that the judge asks for, 0 where it asks for all; ``mass``: mean kept mass;
+    ``least_mass``: over the worst 1 % of queries; ``effect``: in the judge's unit.
     """
 
     name: str
@@ -108,9 +109,10 @@ class Recording:
             with Seam(self.model, self, edits=True):
                 output = run(self.model, given)
             effects = self._gradients(output, inputs) if self.gradients else None
+        asked = self.judge.asked(inputs) if isinstance(inputs, Mapping) else None
         with torch.no_grad():
             for n, kept in enumerate(self._kept):
-                self._figures_of(kept, None if effects is None else effects[n])
+                self._figures_of(kept, None if effects is None else effects[n], asked)
         self._kept = []
         return _without_graph(output)
 
@@ -175,7 +177,7 @@ class Recording:
 
     # -- figures
 
-    def _figures_of(self, kept: _Kept, gradient: Tensor | None) -> None:
+    def _figures_of(self, kept: _Kept, gradient: Tensor | None, asked: Tensor | None) -> None:
         """Try the options of one layer."""
         layer, inputs = kept.layer, kept.inputs
         full = kept.full.detach()
@@ -196,6 +198,9 @@ class Recording:
             change, mass = self._change(layer, inputs, option, heads, full, kept.lse)
             size = (change if weight is None else change @ weight[heads]).norm(dim=-1) / scale
             found = _over_queries(size, mass, rows)
+            if asked is not None and asked.shape == rows.shape:
+                few = (asked.to(rows.device) & rows)[:, None]
+                found["asked"] = (size.square() * few).sum((0, 2)) / few.sum().clamp(min=1)
             if gradient is None:
                 found["effect"] = size.square().transpose(0, 1)[:, rows].mean(1)
             else:
