@@ -50,7 +50,7 @@ function cell(h) {
 }
 
 function drawGrid() {
-  $("grid").style.setProperty("--cell", "84px");
+  $("grid").style.setProperty("--cell", "74px");
   $("grid").replaceChildren(...layers.map((l) => el("div", { class: "layer-row" },
     el("span", { class: "layer-label", title: l.name }, el("span", { class: "layer-word", text: "Layer " }), String(l.index)),
     el("div", { class: "cells" }, ...heads.filter((h) => h.layer === l.index).map(cell)))));
