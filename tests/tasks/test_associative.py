@@ -36,10 +36,12 @@ def test_pairs_come_first_and_some_of_them_again(task, seed):
     for sample in batch:
         ids, labels = sample.input_ids[0], sample.labels[0]
         keys, values = ids[0:said:2], ids[1:said:2]
-        assert (keys < task.keys).all() and len(keys.unique()) == task.pairs
+        assert (keys < task.keys).all()
+        assert len(keys.unique()) == task.pairs
         assert ((values >= task.keys) & (values < task.keys + task.values)).all()
         asked = (labels >= 0).nonzero().flatten()
-        assert len(asked) == task.queries and (asked > said).all()
+        assert len(asked) == task.queries
+        assert (asked > said).all()
         assert torch.equal(sample.groups["asked"][0].nonzero().flatten(), asked - 1)
         table = dict(zip(keys.tolist(), values.tolist(), strict=True))
         again = ids[asked - 1].tolist()
@@ -86,11 +88,14 @@ def test_a_copy_is_the_stretch_again(stretch, tokens, seed):
     for sample in draw(task, 3, seed):
         ids, labels = sample.input_ids[0], sample.labels[0]
         assert torch.equal(ids[:stretch], ids[stretch + 1 :])
-        assert ids[stretch] == tokens and (ids == tokens).sum() == 1
-        assert (labels[: stretch + 1] == -100).all() and torch.equal(labels[stretch + 1 :], ids[:stretch])
+        assert ids[stretch] == tokens
+        assert (ids == tokens).sum() == 1
+        assert (labels[: stretch + 1] == -100).all()
+        assert torch.equal(labels[stretch + 1 :], ids[:stretch])
         for p in range(stretch + 1, task.length):
             assert task.solve(ids[:p]) == int(labels[p])
-        assert task.solve(ids[:stretch]) is None and task.solve(ids) is None
+        assert task.solve(ids[:stretch]) is None
+        assert task.solve(ids) is None
 
 
 def test_tokens_of_a_stretch_are_independent():
