@@ -246,12 +246,12 @@ class Windowed:
 
         if call.kind == "cross":
             return None
-        near = [x[: self.rows] for x in (call.q, call.k, call.v)]
-        out = attend(*near, inward(self._grid, self.half), q_start=0, scale=call.scale * self.factor)
+        q, k, v = (x[: self.rows] for x in (call.q, call.k, call.v))
+        out: Any = attend(q, k, v, inward(self._grid, self.half), q_start=0, scale=call.scale * self.factor)
         if len(call.q) <= self.rows:
             return out
-        far = [x[self.rows :] for x in (call.q, call.k, call.v)]
-        return torch.cat([out, torch.nn.functional.scaled_dot_product_attention(*far, scale=call.scale)])
+        q, k, v = (x[self.rows :] for x in (call.q, call.k, call.v))
+        return torch.cat([out, torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=call.scale)])
 
 
 def swim(model: Any, noise: Any, words: Any, init: Any, *, lend: bool, every: int = 1) -> Any:
@@ -294,7 +294,7 @@ def _beyond(model: Any, device: str, seed: int) -> list[Finding]:
 
     words = torch.zeros(VIDEOS, 3, dtype=torch.long, device=device)
     words[:, 0] = torch.arange(VIDEOS) % 10 + 1  # one digit each
-    how = {"steps": STEPS, "guidance": GUIDANCE, "shift": SHIFT}
+    how: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "shift": SHIFT}
     native = sample(model, noise_for(VIDEOS, NATIVE, seed).to(device), words, **how)
     scale = tuple(a / b for a, b in zip(SHAPE, NATIVE, strict=True))
     init = torch.nn.functional.interpolate(native, scale_factor=scale, mode="trilinear").clamp(-1, 1)
