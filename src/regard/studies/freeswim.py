@@ -40,7 +40,7 @@ CLAIMS = [
         "the window row takes exactly the full row's cross-attention, and nothing else of it",
         kind="instrument",
         ours="largest difference of the two rows' cross-attention; of the full row's flow from that of the row alone",
-        holds_if="the first 0, the flows within 1e-5 (batches of two and one round apart), and kept outputs are the last full ones",
+        holds_if="the first 0, kept outputs those of the last full step, the flows within 1e-5: batches round apart",
     ),
     Claim(
         "repetition",
