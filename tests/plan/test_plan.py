@@ -26,6 +26,7 @@ from regard.patterns.decided import Routed
 from regard.patterns.gallery import CATALOGUE
 from regard.patterns.orders import HilbertOrder
 from regard.plan.baselines import random_plan, single
+from regard.plan.build import _objective
 from regard.plan.candidates import candidates, window_widths
 from regard.plan.judge import LossOf, OutputError, TokenLoss
 from regard.plan.measure import measure
@@ -99,6 +100,46 @@ def test_mass_errors_and_effects_are_those_of_the_formula(model, sequences):
         assert (layer.mean("mass")[:, nothing] == 0).all()
         assert (layer.mean("effect")[:, nothing] > 0).all()
         assert (layer.mean("effect")[:, layer.options.index(DENSE)] == 0).all()
+
+
+def test_errors_at_the_queries_that_are_asked_for_count_beside_the_effect(model, sequences):
+    """A query is asked for where the next token's label counts; no labels: nothing is asked for in particular."""
+    ids = sequences[0]["input_ids"]
+    labels = torch.full_like(ids, -100)
+    places = [5, LENGTH - 1]  # of tokens; the queries before them predict them
+    labels[:, places] = ids[:, places]
+    inputs = {"input_ids": ids, "labels": labels}
+    asked = TokenLoss().asked(inputs)
+    assert asked.shape == ids.shape
+    assert asked[0].nonzero().flatten().tolist() == [p - 1 for p in places]
+    assert TokenLoss().asked({"input_ids": ids}) is None
+    recording = Recording(
+        model, FixedCosts(), {"windows": (8,), "routes": ()}, {}, projections(model, anatomy(model)), TokenLoss()
+    )
+    sizes = {}
+    change = recording._change
+
+    def keep(layer, given, option, heads, full, lse):
+        found = change(layer, given, option, heads, full, lse)
+        weight = recording._per_head(layer.name, given)
+        scale = recording._scale(layer.name, full)
+        sizes[layer.name, option.name] = ((found[0] @ weight[heads]).norm(dim=-1) / scale)[0]
+        return found
+
+    recording._change = keep
+    with quiet(model):
+        recording.run({"input_ids": ids}, inputs)
+    for name, layer in recording.layers.items():
+        n = [o.name for o in layer.options].index("sinks 4 + window 8")
+        want = sizes[name, "sinks 4 + window 8"][:, [p - 1 for p in places]].square().mean(-1)
+        np.testing.assert_allclose(layer.mean("asked")[:, n], want, rtol=1e-5, atol=1e-12)
+        assert (layer.mean("asked")[:, layer.options.index(DENSE)] == 0).all()
+        np.testing.assert_allclose(_objective(layer)[:, n], (layer.mean("effect") + layer.mean("asked"))[:, n])
+    before = {name: layer.sums["asked"].copy() for name, layer in recording.layers.items()}
+    with quiet(model):
+        recording.run({"input_ids": ids}, {"input_ids": ids})
+    for name, layer in recording.layers.items():
+        np.testing.assert_array_equal(layer.sums["asked"], before[name])
 
 
 def test_effects_are_the_gradients_share(model, sequences):

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard._pages import write_pages
 from regard.measures.registry import Measure, get, names
 from regard.patterns import Causal, Pattern, Window
 from regard.watch.atlas import Atlas
@@ -479,14 +479,7 @@ def pages() -> dict[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the files below the folder named."""
-    if len(arguments) != 1:
-        print("usage: python -m regard.measures.gallery FOLDER", file=sys.stderr)
-        return 2
-    for name, text in pages().items():
-        path = Path(arguments[0]) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return 0
+    return write_pages("regard.measures.gallery", pages, arguments)
 
 
 if __name__ == "__main__":

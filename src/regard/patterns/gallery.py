@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+from regard._pages import write_pages
 from regard.patterns import (
     Arrow,
     BlockCausal,
@@ -237,14 +237,7 @@ def pages() -> dict[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the files below the folder named."""
-    if len(arguments) != 1:
-        print("usage: python -m regard.patterns.gallery FOLDER", file=sys.stderr)
-        return 2
-    for name, text in pages().items():
-        path = Path(arguments[0]) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return 0
+    return write_pages("regard.patterns.gallery", pages, arguments)
 
 
 if __name__ == "__main__":
