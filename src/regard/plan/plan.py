@@ -148,10 +148,11 @@ class Plan:
     # -- files
 
     def save(self, path: str | Path) -> None:
-        """Write JSON; tensors of patterns go beside it, with the suffix ``.safetensors``. No pickle."""
+        """Write JSON, its folder too; tensors of patterns go beside it, with the suffix ``.safetensors``. No pickle."""
         from safetensors.torch import save_file
 
         path, tensors = Path(path), dict[str, Tensor]()
+        path.parent.mkdir(parents=True, exist_ok=True)
         options = self.options
         number = {id(o): n for n, o in enumerate(options)}
         whole = {

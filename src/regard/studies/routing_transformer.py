@@ -222,7 +222,10 @@ def _mass(drawn: list[dict[str, Any]], seed: int) -> list[Finding]:
 
 
 def _leaks(drawn: list[dict[str, Any]], rule: str) -> float:
-    """Share of changes of one token, over draws and places, that change an output before it."""
+    """Share of changes of one token, over draws and places, that change an output before it.
+
+    By more than 1e-5: rows that run beside others are rounded in another order.
+    """
     import torch
 
     from regard.kernels.attend import attend
@@ -242,7 +245,7 @@ def _leaks(drawn: list[dict[str, Any]], rule: str) -> float:
         for t in places:
             other = k.clone()
             other[:, :, t] = other[:, :, t].roll(DIM // 2, -1)  # another vector of the same mean and length
-            changed.append(not torch.equal(out(other)[:, :, :t], before[:, :, :t]))
+            changed.append(float((out(other) - before)[:, :, :t].abs().max()) > 1e-5)
     return float(np.mean(changed))
 
 
