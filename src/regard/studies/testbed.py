@@ -17,7 +17,7 @@ from regard.tasks.testbeds import PREFIX, TESTBEDS, Loaded
 def below_gate(loaded: Loaded, *gates: str) -> str:
     """Which of the gates a testbed misses, as a reason not to measure; empty for none and for models without gates.
 
-    No gate named: all that it was trained with.
+    No gate named: all that it was trained with, those that must be reached and those that must not be exceeded.
     """
     testbed = loaded.name.startswith(PREFIX)
     folder = TESTBEDS[loaded.name.removeprefix(PREFIX)] if testbed else Path(loaded.name)
@@ -25,11 +25,15 @@ def below_gate(loaded: Loaded, *gates: str) -> str:
     if not record.is_file():
         return ""
     measured = json.loads(record.read_text())["gates"]
-    missed = [
-        f"{gate} {measured['values'][gate]:.3g} < {measured['thresholds'][gate]:g}"
-        for gate in gates or measured["thresholds"]
-        if measured["values"][gate] < measured["thresholds"][gate]
-    ]
+    values, least, most = measured["values"], measured["thresholds"], measured.get("ceilings", {})
+    missed = []
+    for gate in gates or (*least, *most):
+        if gate not in least and gate not in most:
+            raise KeyError(f"{loaded.name} has no gate {gate!r}; it has {', '.join((*least, *most))}")
+        if gate in least and values[gate] < least[gate]:
+            missed.append(f"{gate} {values[gate]:.3g} < {least[gate]:g}")
+        if gate in most and values[gate] > most[gate]:
+            missed.append(f"{gate} {values[gate]:.3g} > {most[gate]:g}")
     return f"testbed below its gate: {', '.join(missed)}" if missed else ""
 
 
