@@ -32,6 +32,7 @@ class ContextMaps:
         template: 0 or 1, which signs are used; None draws one a sequence.
         options: whether options are listed; None: in half of the sequences, drawn for the batch as a whole.
         symbols, maps: how many.
+        among: only the first so many maps are drawn (lessons begin with few); None: all.
         seed: of the maps.
     """
 
@@ -40,6 +41,7 @@ class ContextMaps:
     options: bool | None = None
     symbols: int = 32
     maps: int = 8
+    among: int | None = None
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class ContextMaps:
             raise ValueError(f"shots must be in 0..{self.symbols - 1}, got {self.shots}")
         if self.template not in (None, 0, 1):
             raise ValueError(f"template must be 0, 1 or None, got {self.template!r}")
+        if self.among is not None and not 1 <= self.among <= self.maps:
+            raise ValueError(f"among must be in 1..{self.maps} or None, got {self.among}")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -63,7 +67,7 @@ class ContextMaps:
     def batch(self, n: int, generator: torch.Generator, which: Int[Tensor, "n"] | None = None) -> Batch:
         """n sequences drawn with the generator; ``which``: the map of each, drawn if None."""
         words, count = self.vocabulary, self.shots + 1
-        drawn = torch.randint(self.maps, (n,), generator=generator)
+        drawn = torch.randint(self.among or self.maps, (n,), generator=generator)
         which = drawn if which is None else which
         x = torch.rand(n, self.symbols, generator=generator).argsort(1)[:, :count]
         y = self.table[which].gather(1, x)

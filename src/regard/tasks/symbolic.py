@@ -39,6 +39,7 @@ class Symbolic:
         layers, dim, heads: of the network; the MLP is three times as wide.
         positions: longest sequence.
         learned: learned positions (a GPT-2) instead of rotary ones (a Llama).
+        lessons: what it learns first, ((until, tasks), ...): steps before `until` draw one of those tasks.
         recipe: of the training.
         measure: (model, sequences) -> the figures that are gates.
         least, most: what they must reach, and must not exceed.
@@ -55,6 +56,7 @@ class Symbolic:
     least: dict[str, float] = field(default_factory=dict)
     most: dict[str, float] = field(default_factory=dict)
     learned: bool = False
+    lessons: tuple[tuple[int, tuple[Any, ...]], ...] = ()
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -100,7 +102,8 @@ class Symbolic:
 
         def draw(step: int) -> Weighted:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
+            tasks = next((tasks for until, tasks in self.lessons if step < until), self.tasks)
+            task = tasks[int(torch.randint(len(tasks), (), generator=generator))]
             batch: Batch = task.batch(self.rows, generator)
             asked = batch.labels >= 0
             return Weighted(batch.input_ids, asked / asked.sum().clamp(min=1))
@@ -172,13 +175,19 @@ SYMBOLIC = {
         least={"indirect_object": 0.95, "coloured_objects_3": 0.95},
     ),
     "maps": Symbolic(
-        tasks=(ContextMaps(), ContextMaps(shots=2), ContextMaps(shots=0, options=True)),
-        rows=128,
+        # Eight maps from the start: no progress in 3,000 steps of 128 rows. Two are told apart within 200, then more.
+        lessons=(
+            (200, (ContextMaps(options=False, among=2),)),
+            (350, (ContextMaps(options=False, among=4),)),
+            (600, (ContextMaps(options=False),)),
+        ),
+        tasks=(ContextMaps(), ContextMaps(shots=8), ContextMaps(shots=2), ContextMaps(shots=0, options=True)),
+        rows=64,
         layers=4,
         dim=96,
         heads=4,
         positions=48,
-        recipe=_recipe(3000),
+        recipe=_recipe(2000),
         measure=_last(
             {
                 "five_shot": ContextMaps(5, options=False),
@@ -228,7 +237,7 @@ SYMBOLIC = {
         dim=96,
         heads=4,
         positions=8,
-        recipe=_recipe(8000),
+        recipe=_recipe(2000),
         measure=_exact({"held_out": Arith3("test")}),
         least={"held_out": 0.95},
     ),

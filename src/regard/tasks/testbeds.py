@@ -249,6 +249,7 @@ def _symbolic(name: str, size: str, seed: int, steps: int | None) -> Run:
     if steps is not None:
         recipe = replace(recipe, steps=steps)
     shape = {"rows": bed.rows, "layers": bed.layers, "dim": bed.dim, "heads": bed.heads, "positions": bed.positions}
+    lessons = {"lessons": [[until, [repr(t) for t in tasks]] for until, tasks in bed.lessons]} if bed.lessons else {}
     return Run(
         model=bed.build(seed),
         batches=bed.batches(seed),
@@ -256,7 +257,7 @@ def _symbolic(name: str, size: str, seed: int, steps: int | None) -> Run:
         evaluate=lambda model: bed.measure(model, 64),
         gates=lambda model: bed.gates(model, 2000 if size == "full" else 64),
         tokenizer=bed.vocabulary.tokenizer(bed.positions),
-        told={"size": {**shape, "recipe": asdict(recipe)}, "tasks": [repr(task) for task in bed.tasks]},
+        told={"size": {**shape, "recipe": asdict(recipe)}, "tasks": [repr(task) for task in bed.tasks], **lessons},
     )
 
 
