@@ -24,9 +24,11 @@ class Ids:
 class Tiny(nn.Module):
     """A causal model of one hidden matrix, with the call signature and output of transformers' ones."""
 
-    def __init__(self):
+    def __init__(self, tied=False):
         super().__init__()
         self.embed, self.hidden, self.head = nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
 
     def get_output_embeddings(self):
         return self.head
@@ -35,9 +37,9 @@ class Tiny(nn.Module):
         return SimpleNamespace(logits=self.head(torch.tanh(self.hidden(self.embed(input_ids)))))
 
 
-def tiny(seed=0):
+def tiny(seed=0, tied=False):
     torch.manual_seed(seed)
-    return Tiny()
+    return Tiny(tied)
 
 
 def counting(step):
@@ -62,11 +64,13 @@ def test_it_learns(tmp_path):
     assert history[-1]["loss"] < 0.2
 
 
-@pytest.mark.parametrize("muon", [True, False])
-@pytest.mark.parametrize("stop", [1, 5, 9])
-def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, stop, muon):
+@pytest.mark.parametrize(
+    ("stop", "muon", "tied"),
+    [(1, True, False), (5, True, False), (9, True, True), (1, False, True), (5, False, False), (9, False, False)],
+)
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, stop, muon, tied):
     recipe = replace(RECIPE, muon=muon)
-    whole = tiny()
+    whole = tiny(tied=tied)
     history = Trainer(whole, counting, recipe, tmp_path / "whole").run()
 
     def interrupt(step, _):
@@ -74,8 +78,8 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match=f"step {stop} of 12"):
-        Trainer(tiny(), counting, recipe, tmp_path / "cut", on_step=interrupt).run()
-    resumed = tiny(seed=1)  # whatever it starts with is replaced
+        Trainer(tiny(tied=tied), counting, recipe, tmp_path / "cut", on_step=interrupt).run()
+    resumed = tiny(seed=1, tied=tied)  # whatever it starts with is replaced
     again = Trainer(resumed, counting, recipe, tmp_path / "cut").run()
     assert same(weights(whole), weights(resumed))
     assert [h["loss"] for h in again] == [h["loss"] for h in history]

@@ -196,7 +196,9 @@ class Trainer:
         draft = folder / f"draft-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, draft / "model.safetensors")
+        # Copies: tied weights share memory, which the format refuses.
+        weights = {k: v.clone(memory_format=torch.contiguous_format) for k, v in self.model.state_dict().items()}
+        save_file(weights, draft / "model.safetensors")
         tensors: dict[str, Tensor] = {}
         for name, optimizer in self.optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
