@@ -22,9 +22,13 @@ def forward(
     kv_heads: int,
     valid: Tensor | None = None,
     bias: Tensor | None = None,
+    parallel: bool = False,
     at: At = lambda layer, part, x: x,
 ) -> Tensor:
-    """Logits [batch, length, vocab]. `valid` False: a key nobody sees; `bias` [heads, length, length] is added."""
+    """Logits [batch, length, vocab]. `valid` False: a key nobody sees; `bias` [heads, length, length] is added.
+
+    `parallel`: the MLP reads what attention read, and there is no `resid_mid`.
+    """
     w = {name: x.double() for name, x in weights.items()}
     batch, length = ids.shape
     x = at(None, "embed", w["embed.weight"][ids])
@@ -38,13 +42,14 @@ def forward(
         k, v = (t if t.shape[1] == heads else per_head(t, heads) for t in (k, v))
         p = at(layer, "weights", softmax(scores(q, k, bias), allowed(length, valid, batch)))
         z = at(layer, "z", torch.einsum("bhij,bhjd->bhid", p, v))
+        before = x
         x = x + at(layer, "attn_out", linear(z.transpose(1, 2).reshape(batch, length, -1), w, f"blocks.{layer}.out"))
-        x = at(layer, "resid_mid", x)
-        h = norm(x, w, f"blocks.{layer}.norm2")
+        x = x if parallel else at(layer, "resid_mid", x)
+        h = norm(before if parallel else x, w, f"blocks.{layer}.norm2")
         x = x + at(layer, "mlp_out", linear(torch.tanh(linear(h, w, f"blocks.{layer}.up")), w, f"blocks.{layer}.down"))
         x = at(layer, "resid_post", x)
         layer += 1
-    x = at(None, "final", norm(x, w, "norm"))
+    x = at(None, "final", norm(x, w, "norm") if "norm.weight" in w else x)
     return at(None, "logits", linear(x, w, "head"))
 
 

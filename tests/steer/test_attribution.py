@@ -7,17 +7,16 @@ import torch
 from regard.steer import attribution, flow
 from regard.watch.anatomy import anatomy
 from tests.oracles import transformer
-from tests.watch.zoo import Plain, ids
+from tests.watch.zoo import KINDS, Plain, ids
 
 
 def metric(logits):
     return logits[:, -1, 3] - logits[:, -1, 4]
 
 
-@pytest.fixture(params=[4, 2], ids=["own keys", "shared keys"])
+@pytest.fixture(params=KINDS)
 def model(request):
-    torch.manual_seed(3)
-    return Plain(kv_heads=request.param).eval()
+    return Plain(**KINDS[request.param]).eval()
 
 
 @pytest.fixture
@@ -33,9 +32,7 @@ def inputs(x, pads=(0, 0)):
 
 
 def oracle(model, x, at=lambda layer, part, t: t, pads=(0, 0)):
-    valid = inputs(x, pads)["attention_mask"].bool()
-    weights = dict(model.state_dict())
-    return transformer.forward(weights, x, heads=model.heads, kv_heads=model.kv_heads, valid=valid, at=at)
+    return model.oracle(x, inputs(x, pads)["attention_mask"].bool(), at=at)
 
 
 def at_embedding(model, x, embedding):
@@ -138,11 +135,9 @@ def matrices(model, x, pads=(0, 0)):
                 t.retain_grad()
         return t
 
-    for p in model.parameters():
-        p.requires_grad_(True)
-    weights = dict(model.named_parameters())
-    valid = inputs(x, pads)["attention_mask"].bool()
-    logits = transformer.forward(weights, x, heads=model.heads, kv_heads=model.kv_heads, valid=valid, at=at)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    how = {"heads": model.heads, "kv_heads": model.kv_heads, "parallel": model.parallel}
+    logits = transformer.forward(weights, x, valid=inputs(x, pads)["attention_mask"].bool(), at=at, **how)
     metric(logits).sum().backward()
     return seen
 

@@ -1,5 +1,7 @@
 """Causal experiments against a decoder in plain float64, one experiment at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,21 +10,20 @@ from regard.steer.causal import conditional_mean, head_ablation, patch_grid, pat
 from regard.watch.anatomy import anatomy
 from regard.watch.intervene import Site
 from tests.oracles import transformer
-from tests.watch.zoo import Plain, ids
+from tests.watch.zoo import KINDS, Plain, ids
 
 
 def metric(logits):
     return logits[:, -1, 3] - logits[:, -1, 4]
 
 
-@pytest.fixture(params=[4, 2], ids=["own keys", "shared keys"])
+@pytest.fixture(params=KINDS)
 def model(request):
-    torch.manual_seed(3)
-    return Plain(kv_heads=request.param).eval()
+    return Plain(**KINDS[request.param]).eval()
 
 
 def oracle(model, inputs, at=lambda layer, part, x: x):
-    return transformer.forward(dict(model.state_dict()), inputs, heads=model.heads, kv_heads=model.kv_heads, at=at)
+    return model.oracle(inputs, at=at)
 
 
 def states(model, inputs):
@@ -84,6 +85,10 @@ def test_every_head_taken_out_on_its_own(model, kind):
 def test_paths_from_every_head(model, receivers, freeze_mlps):
     clean, corrupt = ids(2, 5), ids(2, 5, 1)
     parts = anatomy(model, clean)
+    if model.parallel and receivers[0].part == "resid_mid":
+        with pytest.raises(LookupError, match="parallel block"):
+            path_patch(model, {"input_ids": clean}, {"input_ids": corrupt}, receivers, metric, anatomy=parts)
+        return
     found = path_patch(
         model,
         {"input_ids": clean},
@@ -143,12 +148,32 @@ def test_paths_that_cannot_be_are_refused(model):
         path_patch(model, clean, clean, [], metric, anatomy=parts)
 
 
-@pytest.mark.filterwarnings("ignore:.*clean-corrupt difference")
-def test_a_patch_that_changes_nothing_says_nothing(model):
-    clean = {"input_ids": ids(2, 5)}
-    parts = anatomy(model, clean["input_ids"])
-    found = path_patch(model, clean, clean, Site(None, "final"), metric, anatomy=parts)
-    assert np.isnan(found).all()
+def test_where_clean_and_corrupt_coincide_the_effect_is_nan_and_says_so(model):
+    """Sample 1 has the same inputs twice; all other samples keep their numbers."""
+    clean, corrupt = ids(3, 5), ids(3, 5, 1)
+    corrupt[1] = clean[1]
+    parts = anatomy(model, clean)
+    inputs = {"input_ids": clean}, {"input_ids": corrupt}
+    for run in (
+        lambda a, b: path_patch(model, a, b, Site(None, "final"), metric, anatomy=parts),
+        lambda a, b: patch_grid(model, a, b, ["resid_post"], {"last": -1}, metric, anatomy=parts),
+        lambda a, b: patch_grid(model, a, b, ["z"], {"last": -1}, metric, direction="noise", anatomy=parts),
+    ):
+        with pytest.warns(UserWarning, match="1 of 3 samples have a clean-corrupt difference below"):
+            found = run(*inputs)
+        held = ~np.isnan(found.isel(sample=0))
+        assert held.any()
+        assert np.isnan(found.isel(sample=1)).all()
+        assert np.isfinite(found.isel(sample=2).values[held]).all()
+        with pytest.warns(UserWarning, match="3 of 3 samples"):
+            assert np.isnan(run(inputs[0], inputs[0])).all()
+
+
+def test_mlps_that_are_not_found_cannot_be_frozen(model):
+    clean, corrupt = ({"input_ids": ids(2, 5, seed)} for seed in (0, 1))
+    parts = dataclasses.replace(anatomy(model, clean["input_ids"]), mlp=(None, None))
+    with pytest.raises(LookupError, match="mlp_out"):
+        path_patch(model, clean, corrupt, Site(None, "final"), metric, freeze_mlps=True, anatomy=parts)
 
 
 def test_grid_of_parts_layers_and_classes(model):

@@ -73,6 +73,13 @@ EXPECTED = {
         "final_norm": None,
         "tied": True,
     },
+    "own parallel": {
+        "attn": ("blocks.0", "blocks.1"),
+        "attn_out": ("blocks.0.out", "blocks.1.out"),
+        "mlp": ("blocks.0.down", "blocks.1.down"),
+        "mid": (None, None),
+        "parallel": (True, True),
+    },
     "post-norm encoder": {
         "blocks": ("layers.0", "layers.1"),
         "attn": ("layers.0.self_attn", "layers.1.self_attn"),

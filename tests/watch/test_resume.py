@@ -9,7 +9,7 @@ from regard.watch.probe import run
 from regard.watch.resume import Prefix, first_block, resumable
 from tests.watch.zoo import build
 
-CHAINS = ["llama", "gpt2", "neox", "vit", "own", "pre-norm encoder"]
+CHAINS = ["llama", "gpt2", "neox", "vit", "own", "own parallel", "pre-norm encoder"]
 
 
 @pytest.mark.parametrize("name", CHAINS)

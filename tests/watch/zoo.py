@@ -45,10 +45,10 @@ class OwnBlock(nn.Module):
 class OwnModel(nn.Module):
     """No config, no final norm, weights of embedding and output tied."""
 
-    def __init__(self) -> None:
+    def __init__(self, parallel: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, DIM)
-        self.blocks = nn.ModuleList(OwnBlock() for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(OwnBlock(parallel) for _ in range(LAYERS))
         self.head = nn.Linear(DIM, VOCAB, bias=False)
         self.head.weight = self.embed.weight
 
@@ -84,7 +84,7 @@ def _inputs(name: str, seed: int) -> Any:
         return {"input_ids": ids(2, 8, seed), "decoder_input_ids": ids(2, 6, seed + 10)}
     if name in ("post-norm encoder", "pre-norm encoder"):
         return torch.randn(2, 8, DIM, generator=draw)
-    return ids(2, 8, seed) if name == "own" else {"input_ids": ids(2, 8, seed)}
+    return ids(2, 8, seed) if name in ("own", "own parallel") else {"input_ids": ids(2, 8, seed)}
 
 
 def _llama(**more: Any) -> nn.Module:
@@ -206,17 +206,18 @@ _MODELS = {
     "post-norm encoder": lambda: _encoder(False),
     "pre-norm encoder": lambda: _encoder(True),
     "own": OwnModel,
+    "own parallel": lambda: OwnModel(parallel=True),
 }
 NAMES = tuple(_MODELS)
-PARALLEL = ("neox parallel", "phi", "falcon")
+PARALLEL = ("neox parallel", "phi", "falcon", "own parallel")
 
 
 class PlainBlock(nn.Module):
     """The block of `tests/oracles/transformer.py`, with fused attention."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int = 6):
+    def __init__(self, heads: int, kv_heads: int, head_dim: int = 6, parallel: bool = False):
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.parallel = heads, kv_heads, parallel
         self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
         self.q = nn.Linear(DIM, heads * head_dim)
         self.k, self.v = nn.Linear(DIM, kv_heads * head_dim), nn.Linear(DIM, kv_heads * head_dim)
@@ -229,20 +230,37 @@ class PlainBlock(nn.Module):
         k, v = (f(h).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for f in (self.k, self.v))
         gqa = self.heads != self.kv_heads
         z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
-        x = x + self.out(z.transpose(1, 2).flatten(2))
-        return x + self.down(torch.tanh(self.up(self.norm2(x)))), None
+        mid = x + self.out(z.transpose(1, 2).flatten(2))
+        return mid + self.down(torch.tanh(self.up(self.norm2(x if self.parallel else mid)))), None
 
 
 class Plain(nn.Module):
-    """The model of `tests/oracles/transformer.py`; `bias` [heads, max, max] makes its masks additive."""
+    """The model of `tests/oracles/transformer.py`.
 
-    def __init__(self, heads: int = 4, kv_heads: int = 2, layers: int = 2, bias: bool = False, seed: int = 0):
+    `bias` [heads, max, max] makes its masks additive; `parallel` blocks read the stream once; `tied`: one matrix for
+    embedding and output; `normed`: False leaves the last norm out.
+    """
+
+    def __init__(
+        self,
+        heads: int = 4,
+        kv_heads: int = 2,
+        layers: int = 2,
+        bias: bool = False,
+        seed: int = 0,
+        parallel: bool = False,
+        tied: bool = False,
+        normed: bool = True,
+    ):
         super().__init__()
         torch.manual_seed(seed)
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.parallel = heads, kv_heads, parallel
         self.embed = nn.Embedding(VOCAB, DIM)
-        self.blocks = nn.ModuleList(PlainBlock(heads, kv_heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, VOCAB)
+        self.blocks = nn.ModuleList(PlainBlock(heads, kv_heads, parallel=parallel) for _ in range(layers))
+        self.norm = nn.LayerNorm(DIM) if normed else None
+        self.head = nn.Linear(DIM, VOCAB)
+        if tied:
+            self.head.weight = self.embed.weight
         self.register_buffer("bias", torch.randn(heads, 32, 32) * 2 if bias else None)
         for block in self.blocks:
             for p in (block.q.weight, block.k.weight):
@@ -259,7 +277,7 @@ class Plain(nn.Module):
         x = self.embed(input_ids)
         for block in self.blocks:
             x, _ = block(x, mask)
-        return self.head(self.norm(x))
+        return self.head(x if self.norm is None else self.norm(x))
 
     def oracle(self, input_ids: Tensor, valid: Tensor | None = None, **more: Any) -> Tensor:
         from tests.oracles import transformer
@@ -267,5 +285,20 @@ class Plain(nn.Module):
         length = input_ids.shape[1]
         bias = None if self.bias is None else self.bias[:, :length, :length]
         return transformer.forward(
-            dict(self.state_dict()), input_ids, heads=self.heads, kv_heads=self.kv_heads, valid=valid, bias=bias, **more
+            dict(self.state_dict()),
+            input_ids,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            valid=valid,
+            bias=bias,
+            parallel=self.parallel,
+            **more,
         )
+
+
+KINDS = {
+    "own keys": {"kv_heads": 4},
+    "shared keys, tied weights, no final norm": {"tied": True, "normed": False},
+    "parallel blocks": {"parallel": True},
+}
+"""Kinds of `Plain` on which every causal result is compared with the decoder in plain float64."""

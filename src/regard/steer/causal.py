@@ -125,7 +125,7 @@ def path_patch(
         raise ValueError(f"senders: no path leads from {beyond or 'any head'} to {', '.join(map(str, wanted))}")
 
     held = _frozen(parts, wanted)
-    held += [Site(i, "mlp_out") for i in range(len(parts)) if parts.mlp[i]] if freeze_mlps else []
+    held += [Site(i, "mlp_out") for i in range(len(parts))] if freeze_mlps else []
     sent = {head: Site(head[0], "z", head=head[1], pos=pos) for head in chosen}
     how: dict[str, Any] = {"anatomy": parts, "valid": valid}
     before = trace(model, clean, held, **how)

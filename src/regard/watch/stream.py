@@ -118,7 +118,11 @@ def _walk_parallel(parts: BlockParts, x: Tensor, y: Tensor, stream: list[Event])
     assert parts.attn is not None
     name = parts.attn.layer
     around = [e for e in stream if name == e.name or name.startswith(e.name + ".")]
-    beside = [e for e in stream if e not in around and not e.name.startswith(name + ".")]
+    if around:
+        beside = [e for e in stream if e not in around and not e.name.startswith(name + ".")]
+    else:  # the block itself makes the call
+        around = [e for e in stream if e.name == parts.out_proj]
+        beside = [e for e in stream if e not in around]
     for attended in sorted(around, key=lambda e: -e.end):
         assert attended.result is not None
         for writer in sorted(beside, key=lambda e: -e.end):
