@@ -15,7 +15,7 @@ __all__ = ["Factors", "components", "curvature_edit", "kfac", "top_products"]
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """K-FAC's factors of one linear layer, float64.
+    """K-FAC's factors of one linear layer, float64: sums over batches of products in the model's precision.
 
     Attributes:
         A: ``E[x x^T]`` of its inputs ``[in, in]``.
@@ -101,9 +101,9 @@ def kfac(
                 loss = nn.functional.cross_entropy(scores[counted], labels[counted], reduction="sum")
                 gradients = torch.autograd.grad(loss, [outputs[name] for name in modules])
             for name, gradient in zip(modules, gradients, strict=True):
-                x, g = inputs[name][:, :-1][counted].double(), gradient[:, :-1][counted].double()
+                x, g = (_at_least_float32(part[:, :-1][counted]) for part in (inputs[name], gradient))
                 before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + x.T @ x, before[1] + g.T @ g)
+                sums[name] = (before[0] + (x.T @ x).double(), before[1] + (g.T @ g).double())
             rows += int(counted.sum())
     finally:
         for handle in handles:
@@ -190,6 +190,10 @@ def curvature_edit(
         return weight.detach().clone()
     turned, turn_out, turn_in, lam, mu = components(weight, A, G)
     return (turn_out @ (turned * top_products(lam, mu, rho)) @ turn_in.T).to(weight.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
