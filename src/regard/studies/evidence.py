@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from regard.steer.ranks import ranks, spearman
 
 __all__ = [
+    "auc",
     "bootstrap",
     "local_maxima",
     "paired_difference",
@@ -103,6 +104,15 @@ def shift_test(
         [statistic([np.roll(a, int(generator.integers(1, len(a)))) for a in arrays]) for _ in range(shifts)]
     )
     return float((1 + (shifted >= observed).sum()) / (1 + shifts)), float(shifted.mean())
+
+
+def auc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """Probability that a positive scores above a negative, ties counting half; NaN without either."""
+    yes = np.asarray(positive, dtype=bool)
+    n, m = int(yes.sum()), int((~yes).sum())
+    if not n or not m:
+        return float("nan")
+    return float((ranks(np.asarray(scores, dtype=np.float64))[yes].sum() - n * (n + 1) / 2) / (n * m))
 
 
 def random_equal(pool: Sequence[Item], n: int, *, draws: int = 5, seed: int = 0) -> list[list[Item]]:
