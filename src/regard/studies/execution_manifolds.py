@@ -4,6 +4,9 @@ An attention-only decoder learns the sum of marked values modulo C. The path is 
 evenly spaced steps; its dimension is the number of principal components that hold 95% of the variance. Any smooth path
 and any random walk is low-dimensional too, so the dimension counts only below both of these nulls. Commutators are
 differences of two plain SGD steps in both orders, in float64, from the weights the path passes through.
+
+At the smoke size nothing is learned: one layer without an MLP reads a sum of what each value gives, and no such sum has
+its largest entry at a + b modulo C for all a and b. Its findings are of the path of training alone, and say so.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ SEEDS = 3
 MODULUS, BATCH, LR, POINTS = 5, 64, 3e-3, 60
 ORDER_LR, PAIRS, RANDOM, EARLY = 1e-3, 2, 5, 0.2
 SHARE = 0.95
+LEARNED = 0.9  # accuracy below which the findings say that they are of a model which has not learned the sum
 PART = "blocks.{}.attention.*_proj.weight"
 
 
@@ -72,10 +76,11 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str | No
     ]
     judged = [judge(r, layer, seed) for r in runs for layer in range(layers)]
     reached = ", ".join(f"{r['accuracy']:.2f}" for r in runs)
+    learned = np.mean([r["accuracy"] for r in runs]) >= LEARNED
     what = ", ".join(f"m = {m}" for m in MARKERS[size])
     told = (
         f"{what}, {layers} layer{'s' * (layers > 1)}, dim {dim}, {steps} steps, {SEEDS} seeds; accuracy on new "
-        f"sequences {reached}, chance {1 / MODULUS:.2f}"
+        f"sequences {reached}, chance {1 / MODULUS:.2f}{'' if learned else ': THE SUM IS NOT LEARNED'}"
     )
     return [_commutator(runs[0]), _dimension(judged, told), _inside(judged, told), _outside(judged, told)]
 
@@ -159,7 +164,7 @@ def judge(made: dict[str, Any], layer: int, seed: int) -> dict[str, Any]:
     random = [torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q.T for _ in range(RANDOM)]
     double = copy.deepcopy(made["network"]).double()
     early = round(EARLY * len(points))
-    chosen = [*range(early), *range(early, len(points), 5)]
+    chosen = [*range(early), *range(early, len(points), 10)]
     inside, chance = [], []
     for at in chosen:
         double.load_state_dict({k: v.double() for k, v in made["points"][at].items()})

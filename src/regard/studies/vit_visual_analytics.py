@@ -36,7 +36,7 @@ CLAIMS = [
     ),
     Claim(
         "depth",
-        "early heads look near and far, later ones become global",
+        "the last layer's heads look farther than the first layer's",
         kind="mechanism",
         paper="early layers hold local and global heads, later ones global (in words)",
         ours="mean ring looked at, last layer less first, in patches; the baseline is the first layer's",
