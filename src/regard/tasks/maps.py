@@ -64,12 +64,29 @@ class ContextMaps:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.stack([torch.randperm(self.symbols, generator=generator) for _ in range(self.maps)])
 
-    def batch(self, n: int, generator: torch.Generator, which: Int[Tensor, "n"] | None = None) -> Batch:
-        """n sequences drawn with the generator; ``which``: the map of each, drawn if None."""
+    def batch(
+        self,
+        n: int,
+        generator: torch.Generator,
+        which: Int[Tensor, "n"] | None = None,
+        inputs: Int[Tensor, "some"] | None = None,
+    ) -> Batch:
+        """n sequences drawn with the generator.
+
+        Args:
+            n: how many.
+            generator: of everything drawn.
+            which: the map of each sequence; None: drawn.
+            inputs: the symbols that x may be, at least ``shots + 1`` different ones; None: all.
+        """
         words, count = self.vocabulary, self.shots + 1
         drawn = torch.randint(self.among or self.maps, (n,), generator=generator)
         which = drawn if which is None else which
-        x = torch.rand(n, self.symbols, generator=generator).argsort(1)[:, :count]
+        x = torch.rand(n, self.symbols if inputs is None else len(inputs), generator=generator).argsort(1)[:, :count]
+        if inputs is not None:
+            if len(inputs) < count:
+                raise ValueError(f"inputs must hold at least {count} symbols, got {len(inputs)}")
+            x = inputs[x]
         y = self.table[which].gather(1, x)
         template = torch.randint(2, (n,), generator=generator)
         template = template if self.template is None else torch.full_like(template, self.template)

@@ -14,6 +14,7 @@ from torch import nn
 
 from regard.tasks.arith import Arith3
 from regard.tasks.batch import Batch
+from regard.tasks.conflict import Conflict
 from regard.tasks.decoder import Weighted, exact_match
 from regard.tasks.lexicon import Lexicon
 from regard.tasks.lists import LONGEST, ColouredObjects, IndirectObject
@@ -40,6 +41,7 @@ class Symbolic:
         positions: longest sequence.
         learned: learned positions (a GPT-2) instead of rotary ones (a Llama).
         lessons: what it learns first, ((until, tasks), ...): steps before `until` draw one of those tasks.
+        start: the testbed whose weights it goes on from; None: it begins untrained.
         recipe: of the training.
         measure: (model, sequences) -> the figures that are gates.
         least, most: what they must reach, and must not exceed.
@@ -57,6 +59,7 @@ class Symbolic:
     most: dict[str, float] = field(default_factory=dict)
     learned: bool = False
     lessons: tuple[tuple[int, tuple[Any, ...]], ...] = ()
+    start: str | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -157,8 +160,8 @@ def _excess(task: Any, first: int) -> Callable[[Any, int], dict[str, float]]:
     return measure
 
 
-def _recipe(steps: int, lr: float = 3e-3) -> Recipe:
-    return Recipe(steps=steps, lr=lr, warmup=min(100, steps // 5), decay=steps // 4)
+def _recipe(steps: int, lr: float = 3e-3, muon: bool = True) -> Recipe:
+    return Recipe(steps=steps, lr=lr, warmup=min(100, steps // 5), decay=steps // 4, muon=muon)
 
 
 SYMBOLIC = {
@@ -240,5 +243,29 @@ SYMBOLIC = {
         recipe=_recipe(2000),
         measure=_exact({"held_out": Arith3("test")}),
         least={"held_out": 0.95},
+    ),
+    "conflict": Symbolic(
+        tasks=(Conflict((0.6, 0.0, 0.4, 0.0)),),
+        rows=128,
+        layers=4,
+        dim=64,
+        heads=4,
+        positions=16,
+        recipe=_recipe(400),
+        measure=_last({"context": Conflict(), "memory": Conflict((0, 0, 1, 0))}),
+        least={"context": 0.95, "memory": 0.95},
+    ),
+    # Instruction tuning: role words come in, and in 90% of the sequences memory alone is right.
+    "conflict-sft": Symbolic(
+        tasks=(Conflict((0.1, 0.45, 0.2, 0.25), chat=True),),
+        rows=128,
+        layers=4,
+        dim=64,
+        heads=4,
+        positions=16,
+        recipe=_recipe(200, lr=1e-3, muon=False),
+        measure=_last({"agree": Conflict((0, 1, 0, 0), chat=True), "memory": Conflict((0, 0, 1, 0), chat=True)}),
+        least={"agree": 0.95, "memory": 0.95},
+        start="conflict",
     ),
 }

@@ -23,7 +23,19 @@ from regard.train.trainer import Recipe, token_loss
 DATA = Path(str(resources.files("regard") / "data"))
 PREFIX = "testbed:"
 #: Testbeds and their folders inside the package.
-_NAMES = ("decoder", "lists", "maps", "numbers", "roles", "lexicon", "arith", "vit", "video")
+_NAMES = (
+    "decoder",
+    "lists",
+    "maps",
+    "numbers",
+    "roles",
+    "lexicon",
+    "arith",
+    "conflict",
+    "conflict-sft",
+    "vit",
+    "video",
+)
 TESTBEDS = {name: DATA / name for name in _NAMES}
 #: Folder of the shipped decoder.
 DECODER = TESTBEDS["decoder"]
@@ -241,23 +253,31 @@ def _stretched(start: str | Path | None, seed: int, steps: int | None) -> Run:
     )
 
 
-def _symbolic(name: str, size: str, seed: int, steps: int | None) -> Run:
+def _symbolic(name: str, size: str, seed: int, steps: int | None, start: str | Path | None = None) -> Run:
     from regard.tasks.symbolic import SYMBOLIC
 
     bed = SYMBOLIC[name]
+    model: Any = None
+    told: dict[str, Any] = {}
+    if bed.start is not None:
+        model, told["start"] = _started(PREFIX + bed.start if start is None else start)
+        given, made = model.config.to_dict(), bed.build(seed).config.to_dict()
+        if any(given.get(k) != made[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")):
+            raise ValueError(f"start must be a {bed.start} testbed, {str(start)!r} is of another shape")
     recipe = bed.recipe if size == "full" else replace(bed.recipe, steps=20, warmup=4, decay=8)
     if steps is not None:
         recipe = replace(recipe, steps=steps)
     shape = {"rows": bed.rows, "layers": bed.layers, "dim": bed.dim, "heads": bed.heads, "positions": bed.positions}
-    lessons = {"lessons": [[until, [repr(t) for t in tasks]] for until, tasks in bed.lessons]} if bed.lessons else {}
+    if bed.lessons:
+        told["lessons"] = [[until, [repr(t) for t in tasks]] for until, tasks in bed.lessons]
     return Run(
-        model=bed.build(seed),
+        model=bed.build(seed) if model is None else model,
         batches=bed.batches(seed),
         recipe=recipe,
         evaluate=lambda model: bed.measure(model, 64),
         gates=lambda model: bed.gates(model, 2000 if size == "full" else 64),
         tokenizer=bed.vocabulary.tokenizer(bed.positions),
-        told={"size": {**shape, "recipe": asdict(recipe)}, "tasks": [repr(task) for task in bed.tasks], **lessons},
+        told={"size": {**shape, "recipe": asdict(recipe)}, "tasks": [repr(task) for task in bed.tasks], **told},
     )
 
 
@@ -354,7 +374,8 @@ def train(
             "long", which goes on from the weights of "full" at up to 8,192 tokens.
         seed: of the weights and of every batch.
         steps: fewer (or more) steps than the recipe's; the run is the same up to its final decay.
-        start: what `load` takes: the weights that size "long" goes on from.
+        start: what `load` takes: the weights that size "long" goes on from, or "conflict-sft" (by default the shipped
+            "conflict").
         console: a rich console for the progress bar; None makes one on stderr.
 
     Returns:
@@ -374,12 +395,12 @@ def train(
     sizes = ("full", "smoke", "long") if name in _SECOND else ("full", "smoke")
     if size not in sizes:
         raise ValueError(f"size of {name!r} must be one of {', '.join(sizes)}, got {size!r}")
-    if start is not None and size != "long":
+    if start is not None and size != "long" and not _goes_on(name):
         raise ValueError(f"start goes with size 'long'; {name!r} of size {size!r} begins from nothing")
     if size == "long":
         ready = _SECOND[name](start, seed, steps)
     else:
-        ready = _MADE[name](size, seed, steps) if name in _MADE else _symbolic(name, size, seed, steps)
+        ready = _MADE[name](size, seed, steps) if name in _MADE else _symbolic(name, size, seed, steps, start)
     out = Path(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
@@ -424,6 +445,13 @@ def train(
     (out / "training.json").write_text(written)
     shutil.rmtree(out / "checkpoints")
     return json.loads(written)
+
+
+def _goes_on(name: str) -> bool:
+    """Whether a testbed begins with another one's weights."""
+    from regard.tasks.symbolic import SYMBOLIC
+
+    return name in SYMBOLIC and SYMBOLIC[name].start is not None
 
 
 def curve(history: list[dict[str, float]], every: int = 50) -> list[dict[str, float]]:
