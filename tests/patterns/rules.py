@@ -55,6 +55,10 @@ def intervals(draw):
     return tuple((lo, lo + size) for lo, size in draw(st.lists(st.tuples(ints(0, 30), ints(1, 6)), max_size=3)))
 
 
+def places():
+    return st.lists(ints(0, 30), max_size=3).map(tuple)
+
+
 def unbound(n):
     """Patterns that take any length, a strategy of cases for each class."""
 
@@ -87,6 +91,12 @@ def unbound(n):
         p.Columns: st.builds(lambda x: Case(p.Columns(x), lambda q, k: k in sets_of(x)), intervals()),
         p.Queries: st.builds(lambda x: Case(p.Queries(x), lambda q, k: q in sets_of(x)), intervals()),
         p.Prefix: st.builds(lambda c: Case(p.Prefix(c), lambda q, k: k < c or k <= q), ints(1)),
+        p.SelfAnd: st.builds(lambda m: Case(p.SelfAnd(m), lambda q, k: k == q or (k in m and k <= q)), places()),
+        p.LastTokenPeek: st.builds(
+            lambda n, m: Case(p.LastTokenPeek(n, m), lambda q, k: k == q or (k <= q and (q == n or k in m))),
+            ints(),
+            places(),
+        ),
         p.Diagonals: st.builds(diagonals, ints(1), ints(0, 5), st.booleans()),
         p.Strided: st.builds(strided, ints(1, 9), st.none() | ints(0, 20), st.booleans()),
         p.Dilated: st.builds(

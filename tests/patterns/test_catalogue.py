@@ -193,6 +193,8 @@ def test_radial_density():
     [
         (lambda: p.Queries(((3, 3),)), "0 <= lo < hi"),
         (lambda: p.Prefix(0), "c must be an integer >= 1, got 0"),
+        (lambda: p.SelfAnd((-1,)), "keep must be an integer >= 0, got -1"),
+        (lambda: p.LastTokenPeek(-1), "last must be an integer >= 0, got -1"),
         (lambda: p.Strided(0), "stride must be an integer >= 1, got 0"),
         (lambda: p.Strided(2, -1), "window must be an integer >= 0, got -1"),
         (lambda: p.Dilated(2, -1), "left must be an integer >= 0, got -1; Dilated counts keys beside"),

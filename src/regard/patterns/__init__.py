@@ -10,6 +10,7 @@ from regard.patterns.each import PerHead, PerSample, per_head, per_sample
 from regard.patterns.grid import Grid, Neighborhood
 from regard.patterns.hip import HiP
 from regard.patterns.hops import HopWindow
+from regard.patterns.last_token import LastTokenPeek, SelfAnd
 from regard.patterns.layout import BlockLayout
 from regard.patterns.line import Line
 from regard.patterns.order import Order, TileOrder
@@ -53,6 +54,7 @@ __all__ = [
     "HiP",
     "HilbertOrder",
     "HopWindow",
+    "LastTokenPeek",
     "Line",
     "LongNet",
     "Neighborhood",
@@ -78,6 +80,7 @@ __all__ = [
     "Sections",
     "Segments",
     "Select",
+    "SelfAnd",
     "Sinks",
     "Snap",
     "StaticPattern",
