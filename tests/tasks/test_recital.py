@@ -51,8 +51,10 @@ def test_every_string_is_seen_as_often_as_said():
     mixture = RecitalMixture(size, 0)
     seen = torch.zeros(size.strings, dtype=torch.long)
     for step in range(size.steps):
-        rows = mixture(step).input_ids
+        batch = mixture(step)
+        rows, weights = batch.input_ids, batch.weights
         assert len(rows) == size.text + size.strings // size.every
+        torch.testing.assert_close(weights[: size.text].sum(), weights[size.text :].sum())
         seen += (rows[:, None] == mixture.ids[None]).all(-1).sum(0)
     assert seen.tolist() == [size.seen] * size.strings
     assert torch.equal(mixture(3).input_ids, RecitalMixture(size, 0)(3).input_ids)

@@ -94,7 +94,7 @@ class RecitalSize:
 
     shape: decoder.Size
     strings: int
-    text: int = 48
+    text: int = 32
     every: int = 10
     seen: int = 50
 
@@ -129,7 +129,7 @@ def build(size: RecitalSize, seed: int) -> nn.Module:
 class RecitalMixture:
     """The batch of every step: windows of text, and strings in an order that shows each once in `every` steps.
 
-    Every token counts the same, but the BOS of a row.
+    All of the text counts as much as all of the strings.
     """
 
     size: RecitalSize
@@ -149,7 +149,10 @@ class RecitalMixture:
         order = torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(self.seed * 1_000_003 - 1 - turn))
         each = len(self.ids) // self.size.every
         ids = torch.cat([text, self.ids[order[part * each : (part + 1) * each]]])
-        return decoder.Weighted(ids, torch.ones(ids.shape))
+        weights = torch.ones(ids.shape)
+        weights[: len(text)] /= len(text)
+        weights[len(text) :] /= each
+        return decoder.Weighted(ids, weights)
 
 
 @torch.no_grad()
