@@ -33,6 +33,7 @@ _NAMES = (
     "arith",
     "conflict",
     "conflict-sft",
+    "recital",
     "vit",
     "video",
 )
@@ -281,6 +282,27 @@ def _symbolic(name: str, size: str, seed: int, steps: int | None, start: str | P
     )
 
 
+def _recital(size: str, seed: int, steps: int | None) -> Run:
+    from regard.tasks import recital
+    from regard.tasks.bytetext import byte_tokenizer
+
+    shape = recital.SIZES[size]
+    if steps is not None:
+        recipe = recital.shortened(shape.shape.recipe, steps)
+        shape = replace(shape, shape=replace(shape.shape, recipe=recipe))
+    mixture = recital.RecitalMixture(shape, seed)
+    rows = 256 if size == "full" else 16
+    return Run(
+        model=recital.build(shape, seed),
+        batches=mixture,
+        recipe=shape.shape.recipe,
+        evaluate=lambda model: recital.gates(model, shape, min(rows, 64))["values"],
+        gates=lambda model: recital.gates(model, shape, rows),
+        tokenizer=byte_tokenizer(shape.shape.positions),
+        told={"size": asdict(shape), "text": mixture.text.describe()},
+    )
+
+
 def _vit(size: str, seed: int, steps: int | None) -> Run:
     from regard.tasks import vision, vit
 
@@ -344,7 +366,12 @@ def _video(size: str, seed: int, steps: int | None, start: str | Path | None = N
 
 
 #: Testbeds that are no `Symbolic`.
-_MADE: dict[str, Callable[[str, int, int | None], Run]] = {"decoder": _decoder, "vit": _vit, "video": _video}
+_MADE: dict[str, Callable[[str, int, int | None], Run]] = {
+    "decoder": _decoder,
+    "recital": _recital,
+    "vit": _vit,
+    "video": _video,
+}
 #: Those with a second training, size "long".
 _SECOND: dict[str, Callable[[str | Path | None, int, int | None], Run]] = {
     "decoder": _stretched,
