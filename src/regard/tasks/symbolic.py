@@ -240,7 +240,7 @@ SYMBOLIC = {
         dim=96,
         heads=4,
         positions=8,
-        recipe=_recipe(2000),
+        recipe=_recipe(1000),
         measure=_exact({"held_out": Arith3("test")}),
         least={"held_out": 0.95},
     ),
