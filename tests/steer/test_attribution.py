@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from regard.steer import attribution, flow
+from regard.steer.max_flow import attention_flow
 from regard.watch.anatomy import anatomy
-from tests.oracles import transformer
+from tests.oracles import max_flow, transformer
 from tests.watch.zoo import KINDS, Plain, ids
 
 
@@ -164,6 +165,35 @@ def test_mean_weight_received(model, x, pads):
     rows = inputs(x, pads)["attention_mask"].double()
     want = sum((seen[i, "weights"].mean(1) * rows[..., None]).sum(1) / rows.sum(1, keepdim=True) for i in range(2)) / 2
     close(flow.attention_mean(model, inputs(x, pads), anatomy=parts), want.float())
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (2, 0)])
+def test_mean_norm_of_weighted_values(model, x, pads):
+    parts = anatomy(model, x)
+    seen = matrices(model, x, pads)
+    rows = inputs(x, pads)["attention_mask"].double()
+    layers = []
+    for i in range(2):
+        weighted = seen[i, "weights"][..., None] * transformer.per_head(seen[i, "v"], 4)[:, :, None]
+        layers.append((weighted.norm(dim=-1).mean(1) * rows[..., None]).sum(1) / rows.sum(1, keepdim=True))
+    close(flow.attention_norms(model, inputs(x, pads), anatomy=parts), (sum(layers) / 2).float())
+
+
+@pytest.mark.parametrize("pos", [-1, 2])
+def test_attention_flow_is_the_linear_program(model, pos):
+    x = ids(2, 4)
+    parts = anatomy(model, x)
+    seen = matrices(model, x)
+    edges = [(0.3 * torch.eye(4) + 0.7 * seen[i, "weights"].mean(1)).detach().numpy() for i in range(2)]
+    found = attention_flow(model, inputs(x), pos, residual=0.3, anatomy=parts)
+    for sample in range(2):
+        own = np.stack([e[sample] for e in edges])
+        want = [max_flow.largest(own, token, pos % 4) for token in range(4)]
+        np.testing.assert_allclose(found[sample], want, atol=2e-5)
+    if pos == 2:
+        assert (found[:, 3] == 0).all()  # a later token
+    with pytest.raises(ValueError, match="at most 64 tokens, got 65"):
+        attention_flow(model, {"input_ids": ids(1, 65)}, anatomy=parts)
 
 
 @pytest.mark.parametrize("pads", [(0, 0), (2, 0)])

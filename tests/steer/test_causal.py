@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from regard.steer.causal import conditional_mean, head_ablation, patch_grid, path_patch
+from regard.steer.paths import head_paths
 from regard.watch.anatomy import anatomy
 from regard.watch.intervene import Site
 from tests.oracles import transformer
@@ -135,6 +136,17 @@ def test_paths_from_every_head(model, receivers, freeze_mlps):
             oracle(model, clean, first)
             value = metric(oracle(model, clean, second))
             close(found[layer, head], (value - metric(logits)) / (metric(other) - metric(logits)))
+
+
+def test_paths_into_many_receivers_are_those_into_each(model):
+    inputs = {"input_ids": ids(2, 5)}, {"input_ids": ids(2, 5, 1)}
+    parts = anatomy(model, inputs[0]["input_ids"])
+    receivers = [Site(1, "q", head=2, pos=-1), Site(1, "k", head=0), Site(1, "v", head=3)]
+    found = head_paths(model, *inputs, receivers, metric, chunk=3, anatomy=parts)
+    for n, site in enumerate(receivers):
+        close(found[n], path_patch(model, *inputs, site, metric, anatomy=parts))
+    with pytest.raises(ValueError, match=r"part 'q', 'k' or 'v', got Site\(1, 'z'\)"):
+        head_paths(model, *inputs, [Site(1, "z")], metric, anatomy=parts)
 
 
 def test_paths_that_cannot_be_are_refused(model):

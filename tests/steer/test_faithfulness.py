@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from regard.steer.faithfulness import hellinger, soft_faithfulness
-from regard.steer.ranks import kendall, kendall_topk
-from regard.steer.reagent import reagent
+from regard.steer.faithfulness import hellinger, rank_agreement, soft_faithfulness
+from regard.steer.ranks import kendall, kendall_topk, spearman
+from regard.steer.reagent import bigrams, reagent
 from regard.watch.anatomy import anatomy
 
 values = st.lists(st.integers(0, 5), min_size=2, max_size=9)
@@ -47,6 +47,51 @@ def test_top_lists_pair_by_pair(a, b, k, penalty):
     assert kendall_topk(a, a, k) == 1
     with pytest.raises(ValueError, match=r"k must be in 1\.\.7"):
         kendall_topk(a, b, 8)
+
+
+@given(st.integers(0, 99), st.sampled_from(["kendall", "spearman", "kendall_topk"]))
+def test_agreement_of_a_batch_is_that_of_its_samples(seed, kind):
+    rng = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(0, 6, (4, 9), generator=rng).float() for _ in range(2))
+    counted = torch.rand(4, 9, generator=rng) < 0.7
+    counted[0] = False
+    counted[0, 3] = True  # one token has no order
+    k = {"kendall_topk": 0.4}.get(kind)
+    found = rank_agreement(a, b, kind, k=k, counted=counted)
+    assert found[0].isnan()
+    for row in range(1, 4):
+        x, y = a[row][counted[row]].numpy(), b[row][counted[row]].numpy()
+        if len(x) < 2:
+            assert found[row].isnan()
+        elif kind == "kendall_topk":
+            assert float(found[row]) == kendall_topk(x, y, max(1, round(0.4 * len(x))))
+        else:
+            want = {"kendall": kendall, "spearman": spearman}[kind](x, y)
+            np.testing.assert_equal(float(found[row]), want)
+
+
+def test_agreement_asks_for_what_it_needs():
+    a = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="kind must be one of kendall, kendall_topk, spearman, got 'tau'"):
+        rank_agreement(a, a, "tau")
+    for kind, k in (("kendall_topk", None), ("kendall", 2), ("kendall_topk", 0)):
+        with pytest.raises(ValueError, match="k must be a number of tokens"):
+            rank_agreement(a, a, kind, k=k)
+
+
+def test_bigrams_propose_what_followed():
+    ids = torch.tensor([[1, 2, 3, 2], [1, 2, 4, 4], [1, 5, 3, 6]])
+    sample = bigrams(ids, 8)
+    drawn = torch.stack([sample(torch.tensor([[1, 2, 6]]), torch.Generator().manual_seed(i))[0] for i in range(300)])
+    assert (drawn[:, 0] == 1).all()
+    for place, allowed in ((1, {2: 2 / 3, 5: 1 / 3}), (2, {3: 1 / 2, 4: 1 / 2})):
+        values, counts = drawn[:, place].unique(return_counts=True)
+        assert set(values.tolist()) == set(allowed)
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            assert count / 300 == pytest.approx(allowed[value], abs=0.1)
+    # Nothing ever followed 6: any token there is.
+    after = [int(sample(torch.tensor([[6, 0]]), torch.Generator().manual_seed(i))[0, 1]) for i in range(200)]
+    assert set(after) == {1, 2, 3, 4, 5, 6}
 
 
 def test_hellinger_runs_from_0_to_1():

@@ -117,14 +117,14 @@ def path_patch(
     if not wanted:
         raise ValueError("receivers must name at least one Site")
     parts = anatomy_for(model, clean, anatomy)
-    reach = max(_depth(site, parts) for site in wanted)
+    reach = max(stage_of(site, parts) for site in wanted)
     possible = [head for head in heads_of(parts) if head[0] < reach]
     chosen = possible if senders is None else list(senders)
     beyond = [head for head in chosen if head not in possible]
     if beyond or not chosen:
         raise ValueError(f"senders: no path leads from {beyond or 'any head'} to {', '.join(map(str, wanted))}")
 
-    held = _frozen(parts, wanted)
+    held = frozen_heads(parts, wanted)
     held += [Site(i, "mlp_out") for i in range(len(parts))] if freeze_mlps else []
     sent = {head: Site(head[0], "z", head=head[1], pos=pos) for head in chosen}
     how: dict[str, Any] = {"anatomy": parts, "valid": valid}
@@ -150,7 +150,7 @@ def path_patch(
             with session:
                 run(model, inputs)
             noted = {site: session.readings[site].value for site in wanted}
-            edits = [(_set(site, value, parts), None) for site, value in noted.items()]
+            edits = [(set_receiver(site, value, parts), None) for site, value in noted.items()]
             with Session(model, edits, parts=parts, inputs=clean, valid=rows):
                 logits = find_logits(run(model, inputs))[0]
             values += [metric(part) for part in logits.split(batch)]
@@ -243,7 +243,7 @@ def conditional_mean(
     return torch.stack(rows).to(example)
 
 
-def _frozen(parts: Anatomy, receivers: Sequence[Site]) -> list[Site]:
+def frozen_heads(parts: Anatomy, receivers: Sequence[Site]) -> list[Site]:
     """The z of every head but those of receivers, which must take up what they read."""
     sites = []
     for layer, n in enumerate(parts.heads):
@@ -258,7 +258,7 @@ def _frozen(parts: Anatomy, receivers: Sequence[Site]) -> list[Site]:
     return sites
 
 
-def _depth(site: Site, parts: Anatomy) -> int:
+def stage_of(site: Site, parts: Anatomy) -> int:
     """Heads of layers below this number come before the site."""
     if site.layer is None:
         return 0 if site.part == "embed" else len(parts)
@@ -266,7 +266,8 @@ def _depth(site: Site, parts: Anatomy) -> int:
     return at + 1 if site.part in ("attn_out", "resid_mid", "mlp_out", "resid_post") else at
 
 
-def _set(site: Site, value: Tensor, parts: Anatomy) -> Edit:
+def set_receiver(site: Site, value: Tensor, parts: Anatomy) -> Edit:
+    """The edit that gives a receiver what was noted, single query heads of shared keys alone."""
     shared = False
     if site.part in ("k", "v") and site.head is not None and site.layer is not None:
         at = parts.block(site.layer)

@@ -1,4 +1,7 @@
-"""Do token scores say what the model uses? Soft sufficiency and comprehensiveness (Zhao & Aletras, 2305.10496)."""
+"""Do token scores say what the model uses, and do two sets of scores say the same?
+
+Soft sufficiency and comprehensiveness (Zhao & Aletras, arXiv 2305.10496); rank agreement of two attributions.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.steer.attribution import EMBED, embedded, valid_tokens
+from regard.steer.ranks import kendall, kendall_topk, spearman
 from regard.watch.anatomy import Anatomy
 from regard.watch.places import find_logits
 from regard.watch.probe import run
 from regard.watch.session import Session
 from regard.watch.trace import trace
 
-__all__ = ["Faithfulness", "hellinger", "soft_faithfulness"]
+__all__ = ["Faithfulness", "hellinger", "rank_agreement", "soft_faithfulness"]
 
 
 class Faithfulness(NamedTuple):
@@ -29,6 +33,51 @@ class Faithfulness(NamedTuple):
 def hellinger(p: Float[Tensor, "*rows n"], q: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
     """Hellinger distance of two distributions, `sqrt(sum (sqrt p - sqrt q)^2 / 2)`, in [0, 1]."""
     return ((p.sqrt() - q.sqrt()).square().sum(-1) / 2).sqrt()
+
+
+KINDS = ("kendall", "kendall_topk", "spearman")
+
+
+def rank_agreement(
+    a: Float[Tensor, "batch length"],
+    b: Float[Tensor, "batch length"],
+    kind: str = "kendall",
+    *,
+    k: int | float | None = None,
+    counted: Bool[Tensor, "batch length"] | None = None,
+) -> Float[Tensor, "batch"]:
+    """How far two attributions order the tokens of a sample alike, in [-1, 1]; arXiv 2205.04559.
+
+    Scores are compared as they come: give absolute ones to compare importance whatever its sign.
+
+    Args:
+        kind: "kendall" (tau-b), "spearman", or "kendall_topk" (Fagin et al. with penalty 1/2).
+        k: of "kendall_topk": how many tokens, or a share of a sample's tokens (at least one).
+        counted: which tokens; None: all. Leave out special tokens, on which most methods agree.
+
+    Returns:
+        NaN where a sample has fewer than two tokens, or one side gives all the same score.
+
+    Raises:
+        ValueError: an unknown kind, a `k` that is missing or out of place, or more than a sample's tokens.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if (k is None) == (kind == "kendall_topk") or (k is not None and k <= 0):
+        raise ValueError(f"k must be a number of tokens or a share of them with kind='kendall_topk' only, got {k}")
+    rows = torch.ones_like(a, dtype=torch.bool) if counted is None else counted
+    found = []
+    for x, y, some in zip(a.double().cpu(), b.double().cpu(), rows.cpu(), strict=True):
+        first, second = x[some].numpy(), y[some].numpy()
+        if len(first) < 2:
+            found.append(float("nan"))
+        elif kind == "kendall_topk":
+            assert k is not None
+            most = max(1, round(k * len(first))) if isinstance(k, float) else k
+            found.append(kendall_topk(first, second, most))
+        else:
+            found.append((kendall if kind == "kendall" else spearman)(first, second))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from regard.watch.seam import Seam
 from regard.watch.site import Site
 from regard.watch.trace import trace
 
-__all__ = ["attention_mean", "attention_x_grad", "head_importance", "rollout"]
+__all__ = ["attention_mean", "attention_norms", "attention_x_grad", "head_importance", "rollout"]
 
 
 @dataclass
@@ -86,6 +86,22 @@ def attention_mean(model: nn.Module, inputs: Any, *, anatomy: Anatomy | None = N
     for call in calls:
         rows = call.valid.to(torch.float32)
         each.append(call.received(rows / rows.sum(1, keepdim=True).clamp_min(1)).mean(1))
+    return torch.stack(each).mean(0)
+
+
+def attention_norms(model: nn.Module, inputs: Any, *, anatomy: Anatomy | None = None) -> Float[Tensor, "batch length"]:
+    """The mean of `||P_ij v_j||` over layers, heads and rows (padding rows left out).
+
+    Weights are not negative, so this is the mean weight a key receives in each head times the norm of its value: no
+    matrix. Kobayashi et al. (arXiv 2004.10102) also multiply v by the head's output matrix; v alone is what this takes.
+    """
+    calls = _calls(model, inputs, anatomy)
+    each = []
+    for call in calls:
+        rows = call.valid.to(torch.float32)
+        received = call.received(rows / rows.sum(1, keepdim=True).clamp_min(1))
+        norm = call.v.to(received).norm(dim=-1).repeat_interleave(received.shape[1] // call.v.shape[1], dim=1)
+        each.append((received * norm).mean(1))
     return torch.stack(each).mean(0)
 
 

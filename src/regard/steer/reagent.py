@@ -12,9 +12,29 @@ from torch import Tensor, nn
 from regard.watch.places import find_logits
 from regard.watch.probe import run
 
-__all__ = ["Sampler", "reagent"]
+__all__ = ["Sampler", "bigrams", "reagent"]
 
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def bigrams(ids: Int[Tensor, "rows length"], vocabulary: int) -> Sampler:
+    """A sampler that proposes, for every place, a token that followed the place's predecessor in `ids`.
+
+    By the frequencies there; after a token that no other followed, any token of `ids`. The first place keeps its own.
+    """
+    counts = torch.zeros(vocabulary, vocabulary, dtype=torch.float64)
+    counts.view(-1).index_add_(
+        0, (ids[:, :-1] * vocabulary + ids[:, 1:]).flatten().cpu(), torch.ones(ids[:, 1:].numel(), dtype=counts.dtype)
+    )
+    seen = torch.bincount(ids.flatten().cpu(), minlength=vocabulary).to(counts)
+    follow = torch.where(counts.sum(1, keepdim=True) > 0, counts, seen)
+
+    def sample(tokens: Tensor, generator: torch.Generator) -> Tensor:
+        before = tokens[:, :-1].cpu()
+        drawn = torch.multinomial(follow[before.flatten()], 1, generator=generator).view(before.shape)
+        return torch.cat([tokens[:, :1], drawn.to(tokens.device)], dim=1)
+
+    return sample
 
 
 @torch.no_grad()
@@ -69,9 +89,16 @@ def reagent(
     def uniform() -> Tensor:
         return torch.rand(batch, length, generator=generator).to(ids.device)
 
-    def predict(tokens: Tensor) -> Tensor:
-        logits = find_logits(run(model, {**inputs, "input_ids": tokens}))[0]
-        return logits[:, pos].double().softmax(-1)
+    def predict(tokens: Tensor, some: Tensor | None = None) -> Tensor:
+        """The distribution of these samples; zeros for the others, which are not run."""
+        if some is None or bool(some.all()):
+            logits = find_logits(run(model, {**inputs, "input_ids": tokens}))[0]
+            return logits[:, pos].double().softmax(-1)
+        own = {name: x[some] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x for name, x in inputs.items()}
+        logits = find_logits(run(model, {**own, "input_ids": tokens[some]}))[0]
+        out = torch.zeros(batch, logits.shape[-1], dtype=torch.float64, device=ids.device)
+        out[some] = logits[:, pos].double().softmax(-1)
+        return out
 
     plain = predict(ids)[rows, target]
     total, stopped_runs = torch.zeros(batch, length, dtype=torch.float64, device=ids.device), torch.zeros(batch)
@@ -81,13 +108,13 @@ def reagent(
         done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
         for step in range(steps):
             replaced = uniform() < ratio
-            gap = plain - predict(torch.where(replaced, sample(), ids))[rows, target]
+            gap = plain - predict(torch.where(replaced, sample(), ids), ~done)[rows, target]
             # A gap of exactly 1 would be infinite.
             change = torch.logit((gap.clamp(-1 + 1e-6, 1 - 1e-6) + 1) / 2)[:, None]
             a = torch.where(done[:, None], a, a + torch.where(replaced, change, -change))
             if (step + 1) % check == 0:
                 top = torch.zeros_like(replaced).scatter(1, a.topk(min(keep, length), dim=1).indices, True)
-                likely = predict(torch.where(top, ids, sample())).topk(k, dim=-1).indices
+                likely = predict(torch.where(top, ids, sample()), ~done).topk(k, dim=-1).indices
                 done |= (likely == target[:, None]).any(-1)
                 if bool(done.all()):
                     break
