@@ -12,7 +12,14 @@ from torch import nn
 from regard.models.decoder import Decoder
 from regard.patterns import BlockCausal, BlockDiffusion, Full
 from regard.train.diagnostics import weight_drift, weights
-from regard.train.objectives import Corrupted, corrupt_blockwise, corrupt_uniform, likelihood, masked_diffusion
+from regard.train.objectives import (
+    Corrupted,
+    bos_decorrelation,
+    corrupt_blockwise,
+    corrupt_uniform,
+    likelihood,
+    masked_diffusion,
+)
 
 MASK = 9
 
@@ -171,3 +178,49 @@ def test_drift_of_what_cannot_be_compared_is_refused():
         weight_drift({"weight": torch.ones(3, 2), "bias": torch.zeros(2)}, net)
     with pytest.raises(ValueError, match="weight was 0"):
         weight_drift({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, net)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(2, 6),
+    st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True),
+    st.integers(0, 99),
+)
+def test_bos_decorrelation_is_the_mean_squared_cosine_to_the_first_token(batch, length, layers, seed):
+    generator = seeded(seed)
+    hidden = [torch.randn(batch, length, 5, generator=generator) for _ in range(4)]
+    start = torch.randint(length - 1, (batch,), generator=generator)  # padding on the left
+    valid = torch.arange(length) >= start[:, None]
+    cosines = [
+        float(hidden[layer][b, t] @ hidden[layer][b, start[b]])
+        / float(hidden[layer][b, t].norm() * hidden[layer][b, start[b]].norm())
+        for layer in layers
+        for b in range(batch)
+        for t in range(int(start[b]) + 1, length)
+    ]
+    expected = sum(c * c for c in cosines) / len(cosines)
+    assert float(bos_decorrelation(hidden, layers, valid)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_bos_decorrelation_moves_the_others_and_not_the_first():
+    h = torch.randn(2, 4, 6, generator=seeded()).requires_grad_()
+    bos_decorrelation([h], [0]).backward()
+    assert (h.grad[:, 0] == 0).all()
+    assert (h.grad[:, 1:].abs().sum(-1) > 0).all()
+    with torch.no_grad():
+        assert bos_decorrelation([h - 0.1 * h.grad], [0]) < bos_decorrelation([h], [0])
+    h.grad = None
+    bos_decorrelation([h], [0], torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()).backward()
+    assert (h.grad[0, 3] == 0).all()
+
+
+def test_bos_decorrelation_refuses():
+    h = torch.ones(1, 3, 2)
+    for how, said in (
+        (([h], []), "layers must name at least one"),
+        (([h], [1]), r"layers must be in 0\.\.0, got \[1\]"),
+        (([h[:, :1]], [0]), "a token after the first"),
+        (([h], [0], torch.ones(1, 2, dtype=torch.bool)), r"valid must be \[batch, length\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            bos_decorrelation(*how)

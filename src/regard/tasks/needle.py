@@ -22,15 +22,15 @@ def _words(text: str) -> list[str]:
     return text.split("|")
 
 
-_ADJECTIVES = _words(
+ADJECTIVES = _words(
     "old|new|red|pale|quiet|narrow|heavy|simple|bright|cold|early|distant|gentle|broken|clever|empty|small|"
     "proud|golden|slow|tired|honest|green|hidden|wide"
 )
-_NOUNS = _words(
+NOUNS = _words(
     "river|teacher|window|letter|garden|engine|sailor|mountain|market|violin|baker|forest|harbour|clock|"
     "student|bridge|kitchen|painter|station|farmer|island|lantern|village|doctor|library"
 )
-_VERBS = _words(
+VERBS = _words(
     "watches|follows|finds|paints|leaves|repairs|remembers|visits|crosses|keeps|sells|carries|hears|opens|"
     "draws|builds|answers|counts|forgets|meets"
 )
@@ -46,9 +46,9 @@ def sentences(rng: random.Random, room: int) -> tuple[bytes, list[int]]:
     parts: list[str] = []
     total = 0
     while total < room:
-        a, b = rng.choice(_ADJECTIVES), rng.choice(_ADJECTIVES)
-        c, d = rng.choice(_NOUNS), rng.choice(_NOUNS)
-        parts.append(f"the {a} {c} {rng.choice(_VERBS)} the {b} {d} {rng.choice(_TAILS)}. ")
+        a, b = rng.choice(ADJECTIVES), rng.choice(ADJECTIVES)
+        c, d = rng.choice(NOUNS), rng.choice(NOUNS)
+        parts.append(f"the {a} {c} {rng.choice(VERBS)} the {b} {d} {rng.choice(_TAILS)}. ")
         total += len(parts[-1])
     ends, at = [0], -(total - room)
     for part in parts:

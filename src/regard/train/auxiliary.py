@@ -1,10 +1,15 @@
-"""Losses that layers bring along: ``layer.aux``, a dict of scalars that a forward pass leaves and a trainer adds."""
+"""Losses beside the main one: ``layer.aux``, scalars that layers leave and a trainer adds, and what blocks gave."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-__all__ = ["clear_aux", "collect_aux"]
+__all__ = ["block_outputs", "clear_aux", "collect_aux"]
 
 
 def clear_aux(model: nn.Module) -> None:
@@ -32,3 +37,25 @@ def collect_aux(model: nn.Module) -> dict[str, Tensor]:
             value = value.reshape(())
             found[name] = found[name] + value if name in found else value
     return found
+
+
+@contextmanager
+def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """While inside: what each block gave in the last forward pass, gradients included, for losses on hidden states.
+
+    Of a block that returns a tuple it is the first entry. Before a forward pass the entries are empty tensors.
+    """
+    given = [torch.empty(0) for _ in blocks]
+
+    def keep(index: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
+            given[index] = out[0] if isinstance(out, tuple) else out
+
+        return hook
+
+    hooks = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()

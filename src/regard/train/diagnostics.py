@@ -1,9 +1,10 @@
-"""What training did to a model."""
+"""What training did to a model, and what rounding does."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from regard.kernels.quantized import quantize
+
 __all__ = [
     "Commutator",
     "Trajectory",
     "commutator",
     "curve_like",
+    "eight_bits",
     "flat",
     "head_numbers",
     "parameters_of",
@@ -251,3 +255,33 @@ def head_numbers(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, floa
     finally:
         model.train(training)
     return {name: float(get(name)(recorder.atlas).mean()) for name in ("head_similarity", "entropy_spread")}
+
+
+@contextmanager
+def eight_bits(model: nn.Module) -> Iterator[None]:
+    """Every linear layer's weight and what it reads, rounded to 8 bits while inside: what large values cost the small.
+
+    ``round(x / s) s``, ``s = max |x| / 127`` of a whole weight, and of each sequence's activations. The weights are put
+    back at the end.
+    """
+
+    def rounded(x: Tensor) -> Tensor:
+        return quantize(x, rows=x.shape[-2]).dequantize().to(x.dtype)
+
+    def read(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounded(given[0]), *given[1:])
+
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_pre_hook(read) for m in linear]
+    kept = [m.weight.detach().clone() for m in linear]
+    try:
+        with torch.no_grad():
+            for m in linear:
+                m.weight.copy_(rounded(m.weight))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for m, weight in zip(linear, kept, strict=True):
+                m.weight.copy_(weight)

@@ -16,8 +16,11 @@ from regard.patterns import Pattern
 __all__ = [
     "BudgetMultiplier",
     "Corrupted",
+    "bos_decorrelation",
     "corrupt_blockwise",
     "corrupt_uniform",
+    "group_advantage",
+    "grpo_loss",
     "likelihood",
     "masked_diffusion",
     "span_mass",
@@ -166,6 +169,46 @@ def weights_mse(
     return factor * (predicted - weights.detach()).square().sum() / max(len(predicted), 1)
 
 
+def bos_decorrelation(
+    hidden: Sequence[Float[Tensor, "batch length dim"]],
+    layers: Sequence[int],
+    valid: Bool[Tensor, "batch length"] | None = None,
+) -> Float[Tensor, ""]:
+    """``mean over l in layers and t > 0 of cos(h^l_t, h^l_0)^2``: what keeps tokens from turning into the first one.
+
+    After arXiv 2510.22603, which adds a loss that lowers this cosine; the square, and that ``h_0`` gets no gradient
+    (else the first token moves in place of the others), are our reading. Add it with a factor.
+
+    Args:
+        hidden: what each block gives to the next.
+        layers: which of them; the paper's begin where massive activations appear.
+        valid: False at padding, which does not count; the first token of a sequence is its first valid one.
+
+    Raises:
+        ValueError: no layer, one that ``hidden`` lacks, another shape of ``valid``, or no token after the first.
+    """
+    if not layers:
+        raise ValueError("layers must name at least one of hidden, got none")
+    if missing := [layer for layer in layers if not 0 <= layer < len(hidden)]:
+        raise ValueError(f"layers must be in 0..{len(hidden) - 1}, got {missing}")
+    shape = hidden[layers[0]].shape
+    counted = torch.ones(shape[:2], dtype=torch.bool, device=hidden[layers[0]].device) if valid is None else valid
+    if counted.shape != shape[:2]:
+        raise ValueError(f"valid must be [batch, length] = {list(shape[:2])}, got {list(counted.shape)}")
+    first = counted.int().argmax(1)
+    rows = torch.arange(len(first), device=first.device)
+    later = counted.clone()
+    later[rows, first] = False
+    if not bool(later.any()):
+        raise ValueError("hidden must hold a token after the first one of a sequence")
+    each = []
+    for layer in layers:
+        h = hidden[layer].float()
+        cos = nn.functional.cosine_similarity(h, h[rows, first].detach()[:, None], dim=-1)
+        each.append(cos[later].square().mean())
+    return torch.stack(each).mean()
+
+
 def span_mass(
     scores: Float[Tensor, "batch heads q_len spans"],
     start: Int[Tensor, "q_len spans"],
@@ -202,6 +245,58 @@ def span_mass(
     some = there.any(-1, keepdim=True)
     shares = scores.masked_fill(~there, -torch.inf).masked_fill(~some, 0).log_softmax(-1)
     return -(mass * shares.masked_fill(~there, 0)).sum() / mass.sum().clamp(min=1e-9)
+
+
+def group_advantage(rewards: Float[Tensor, "prompts group"], least: float | int = 1e-6) -> Float[Tensor, "prompts group"]:
+    """``(r - mean) / std`` within the answers to one prompt (arXiv 2402.03300); 0 where all are alike.
+
+    Args:
+        rewards: of every answer.
+        least: added to the standard deviation (that of the population).
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, correction=0, keepdim=True) + least)
+
+
+def grpo_loss(
+    logp: Float[Tensor, "batch response"],
+    old_logp: Float[Tensor, "batch response"],
+    advantage: Float[Tensor, "batch"],
+    mask: Bool[Tensor, "batch response"] | None = None,
+    *,
+    token_gain: Float[Tensor, "batch response"] | None = None,
+    clip: float | int = 0.2,
+) -> Float[Tensor, ""]:
+    """Group-relative policy optimization (arXiv 2402.03300) with a factor for each token's advantage.
+
+    ``- mean over answers of the mean over their tokens of min(rho_t A_t, clamp(rho_t, 1 - clip, 1 + clip) A_t)``,
+    ``rho_t = exp(logp_t - old_logp_t)`` and ``A_t = gain_t A``. The gain gets no gradient (arXiv 2510.13554).
+
+    Args:
+        logp: log-probability of each sampled token under the model that is trained.
+        old_logp: under the model that sampled it; on the first update ``logp.detach()``.
+        advantage: of each answer, see `group_advantage`.
+        mask: tokens that count; None: all.
+        token_gain: factors, see `regard.train.credit`; None: 1.
+        clip: of the ratio.
+
+    Raises:
+        ValueError: shapes that differ, or a clip that is not positive.
+    """
+    if clip <= 0:
+        raise ValueError(f"clip must be positive, got {clip}")
+    for name, x in (("old_logp", old_logp), ("mask", mask), ("token_gain", token_gain)):
+        if x is not None and x.shape != logp.shape:
+            raise ValueError(f"{name} must have the shape of logp, {list(logp.shape)}, got {list(x.shape)}")
+    if advantage.shape != logp.shape[:1]:
+        raise ValueError(f"advantage must be [batch] = [{len(logp)}], got {list(advantage.shape)}")
+    each = advantage.detach()[:, None] * (1.0 if token_gain is None else token_gain.detach())
+    ratio = (logp - old_logp.detach()).exp()
+    gained = torch.minimum(ratio * each, ratio.clamp(1 - clip, 1 + clip) * each)
+    if mask is None:
+        return -gained.mean()
+    counted = (gained * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return -counted.mean()
 
 
 class BudgetMultiplier(nn.Module):
