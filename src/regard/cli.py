@@ -474,7 +474,10 @@ def papers(
 def train(
     name: Annotated[
         str,
-        typer.Argument(help="decoder, lists, maps, numbers, roles, lexicon, arith, vit or video.", show_default=False),
+        typer.Argument(
+            help="decoder, lists, maps, numbers, roles, lexicon, arith, conflict, conflict-sft, vit or video.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
     size: Annotated[
@@ -483,7 +486,7 @@ def train(
     ] = TrainSize.full,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the recipe's.")] = None,
-    start: Annotated[str | None, typer.Option(help="Folder of the weights that size long goes on from.")] = None,
+    start: Annotated[str | None, typer.Option(help="Weights that size long (or conflict-sft) goes on from.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a testbed from scratch; interrupted, the same command goes on from its checkpoint."""
