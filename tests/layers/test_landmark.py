@@ -10,7 +10,7 @@ from regard.kernels.rotary import inverse_frequencies
 from regard.layers.landmark import LandmarkAttention, landmark_attention
 from regard.layers.position import Rope
 from regard.models.decoder import Decoder
-from regard.patterns import Causal, Window
+from regard.patterns import Causal, Window, select
 from regard.patterns.landmarks import LandmarkRoute, OwnBlock
 from tests.oracles import landmark as oracle
 
@@ -120,6 +120,19 @@ def test_what_lies_within_uses_up_no_choice():
         near = [g for g in range(i // 4) if 4 * g + 3 >= i - 11]
         assert set(told) <= set(near)
         assert len(told) == min(2, len(near))
+
+
+@pytest.mark.parametrize("share", ["each", "max_heads", "max_queries"])
+def test_queries_looked_at_in_pieces_choose_the_same(monkeypatch, share):
+    generator = torch.Generator().manual_seed(5)
+    q, k = torch.randn(2, 2, 4, 57, 8, generator=generator)
+    route = LandmarkRoute(2, every=4, share=share, chunk=7 if share == "max_queries" else None, within=Causal())
+    whole = route(q, k)
+    monkeypatch.setattr(select, "_CACHED", 1)
+    pieces = route(q, k)
+    assert torch.equal(pieces.index, whole.index)
+    torch.testing.assert_close(pieces.score, whole.score)
+    assert not torch.equal(whole.index, route(q.flip(2), k).index)
 
 
 def test_own_block_is_its_rule():

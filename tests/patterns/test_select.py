@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regard.patterns import HilbertOrder, above, mass, pool_blocks, ratio, three_way, topk
-from regard.patterns.select import to_index
+from regard.patterns.select import best, checked, join_rows, pieces, to_index
 
 LEVELS = (-math.inf, -1.0, 0.0, 0.5, 0.5, 2.0)
 rows = st.integers(1, 9).flatmap(
@@ -95,6 +95,25 @@ def test_what_is_refused():
             make()
     with pytest.raises(ValueError, match="part must be 1"):
         three_way(0.1, 0.1, 2)
+
+
+def test_infinite_scores_take_part_only_where_they_are_not_checked():
+    scores = torch.tensor([[0.0, torch.inf, -torch.inf, 2.0]])
+    with pytest.raises(ValueError, match=r"got \+inf at \[0, 1\]"):
+        checked(scores)
+    with pytest.raises(ValueError, match="got NaN"):
+        checked(torch.tensor([torch.nan, torch.inf]))
+    assert best(scores, 2).tolist() == [[False, True, False, True]]
+    assert best(scores, 3).tolist() == [[True, True, False, True]]
+    assert best(scores[:, 2:3], 1).tolist() == [[False]]
+
+
+def test_pieces_cover_all_rows_and_join_again():
+    assert [(s.start, s.stop) for s in pieces(10, 1 << 16)] == [(0, 4), (4, 8), (8, 10)]
+    assert [(s.start, s.stop) for s in pieces(3, 1 << 20)] == [(0, 1), (1, 2), (2, 3)]
+    index = torch.arange(12).view(2, 3, 2)
+    joined = join_rows([index[:, :1, :1], index[:, 1:]])
+    assert joined.tolist() == [[[0, -1], [2, 3], [4, 5]], [[6, -1], [8, 9], [10, 11]]]
 
 
 def test_to_index():

@@ -148,8 +148,7 @@ class KMeansRoute(nn.Module, Route):
         runs = F.pad(order.int(), (0, width)).unfold(2, width, 1)
         sample, head = torch.arange(len(order))[:, None, None], torch.arange(order.shape[1])[:, None]
         count = (end - first).int()
-        index = runs[sample.to(order.device), head.to(order.device), first]
-        index.masked_fill_(torch.arange(width, device=order.device) >= count[..., None], -1)
+        index = runs[sample.to(order.device), head.to(order.device), first]  # what is behind the count is not read
         return Routed.tokens(
             index, count, q_len=queries, kv_len=keys, q_start=start, check=False,
             within=both(within, Causal()), cost=self.cost(queries, keys, x_q.shape[3]),
@@ -167,7 +166,7 @@ class KMeansRoute(nn.Module, Route):
 
     def assign(self, x: Float[Tensor, "batch heads length head_dim"]) -> Int[Tensor, "batch heads length"]:
         """The centroid at the least distance of each normalised token; ties to the lower number."""
-        return self._near(x).argmax(2)
+        return self._near(x, by_token=True).argmax(3)
 
     @torch.no_grad()
     def update(
@@ -212,12 +211,17 @@ class KMeansRoute(nn.Module, Route):
 
     # -- parts
 
-    def _near(self, x: Tensor) -> Tensor:
-        """``|x|^2 - |x - mu|^2``, [batch, heads, centroids, length]: highest where nearest."""
+    def _near(self, x: Tensor, by_token: bool = False) -> Tensor:
+        """``|x|^2 - |x - mu|^2``, highest where nearest: [batch, heads, centroids, length], or the other way round."""
         batch, heads, length, _ = x.shape
         mu = self.centroids.to(x.dtype).repeat(batch, 1, 1)
-        size = mu.square().sum(-1, keepdim=True)
-        return torch.baddbmm(size, mu, x.flatten(0, 1).mT, beta=-1, alpha=2).view(batch, heads, -1, length)
+        size, x = mu.square().sum(-1, keepdim=True), x.flatten(0, 1)
+        found = (
+            torch.baddbmm(size.mT, x, mu.mT, beta=-1, alpha=2)
+            if by_token
+            else torch.baddbmm(size, mu, x.mT, beta=-1, alpha=2)
+        )
+        return found.unflatten(0, (batch, heads))
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         heads, _, head_dim = self.centroids.shape

@@ -151,8 +151,9 @@ class ChunkRoute(Route):
         forced = (forced & may).expand(*q.shape[:3], len(chunk))
         scores = torch.nn.functional.pad(self.scores(q, summary), (0, len(chunk) - kv_len // self.chunk))
         free = may & ~forced & (chunk <= own - self.last)
-        rest = best(checked(scores).masked_fill(~free, -torch.inf), self.total - forced.sum(-1, keepdim=True))
-        index, count = to_index(rest | forced)
+        # what is always read counts among the total, and stands before the rest
+        ranked = checked(scores).masked_fill(~free, -torch.inf).masked_fill_(forced, torch.inf)
+        index, count = to_index(best(ranked, self.total))
         return Routed.blocks(
             index,
             count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,12 +10,13 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regard.patterns.candidates import candidates
 from regard.patterns.decided import Routed, both
 from regard.patterns.pattern import Pattern, Rows, resolve_q_start
 from regard.patterns.routed import Route, Summary
-from regard.patterns.select import best, checked, to_index
+from regard.patterns.select import best, checked, join_rows, pieces, to_index
 from regard.patterns.static import StaticPattern, multiples, need_int, one_interval
 
 __all__ = ["LandmarkRoute", "OwnBlock"]
@@ -133,26 +135,19 @@ class LandmarkRoute(Route):
         q_len, kv_len = q.shape[2], summary.length
         start = resolve_q_start(q_len, kv_len, q_start)
         at = torch.arange(start, start + q_len, device=q.device)
-        blocks = summary["landmark"].shape[2]
-        may = torch.arange(blocks, device=q.device) < self.seen(at)[:, None]
+        landmark = summary["landmark"]
+        allowed = None
         if within is not None:
             each = q.shape[1] if self.heads == "each" else 1
             allowed = candidates(within, q_len, kv_len, self.block, q_start=start, decisions=each, device=q.device)
-            may = may & allowed[..., :blocks]
-        may = may.expand(*torch.broadcast_shapes(may.shape, (1, 1, q_len, blocks)))
-        scores = checked(self.scores(q, summary["landmark"], at)).masked_fill(~may, -torch.inf)
-        some = may.any(-1, keepdim=True)
-        weights = torch.where(some, scores, 0).softmax(-1) * may
-        if self.share == "max_heads":
-            weights = weights.amax(1, keepdim=True)
-            may = may.any(1, keepdim=True)
-        elif self.share == "max_queries":
-            assert self.chunk is not None
-            part = at // self.chunk
-            for c in part.unique().tolist():
-                rows = part == c
-                weights[:, :, rows] = weights[:, :, rows].amax(2, keepdim=True)
-        index, count = to_index(best(weights.masked_fill(~may, -torch.inf), self.topk))
+        per_row = q.shape[0] * q.shape[1] * landmark.shape[2]
+        found = [
+            self._choose(q[:, :, rows], landmark, at[rows], None if allowed is None else allowed[:, :, rows])
+            for rows in self._pieces(at, per_row)
+        ]
+        index = join_rows([part for part, _ in found])
+        count = (index >= 0).sum(-1, dtype=torch.int32)
+        weights = torch.cat([pad(part, (0, index.shape[-1] - part.shape[-1])) for _, part in found], -2)
         return Routed.blocks(
             index,
             count,
@@ -160,12 +155,48 @@ class LandmarkRoute(Route):
             q_len=q_len,
             kv_len=kv_len,
             q_start=start,
-            score=weights.gather(-1, index.clamp(min=0).long()),
+            score=weights,
             within=within,
             heads=q.shape[1] if index.shape[1] > 1 else None,
             cost=self.cost(q_len, kv_len, q.shape[3]),
             check=False,
         )
+
+    def _pieces(self, at: Int[Tensor, "q_len"], per_row: int) -> list[slice]:
+        """Queries looked at together; those that share a decision are never parted."""
+        if self.share != "max_queries" or not len(at):
+            return pieces(len(at), per_row) or [slice(0, 0)]
+        assert self.chunk is not None
+        cuts = [0, *((at[1:] // self.chunk != at[:-1] // self.chunk).nonzero()[:, 0] + 1).tolist(), len(at)]
+        return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+    @torch.no_grad()
+    def _choose(
+        self,
+        q: Float[Tensor, "batch heads q_len head_dim"],
+        landmark: Float[Tensor, "batch kv_heads blocks head_dim"],
+        at: Int[Tensor, "q_len"],
+        allowed: Bool[Tensor, "samples decisions q_len columns"] | None,
+    ) -> tuple[Int[Tensor, "batch shared q_len width"], Float[Tensor, "batch shared q_len width"]]:
+        """The blocks of some queries and their landmarks' weights, 0 after the last."""
+        seen = self.seen(at)
+        blocks = min(landmark.shape[2], int(seen.max()) if len(at) else 0)
+        may = torch.arange(blocks, device=q.device) < seen[:, None]
+        if allowed is not None:
+            may = may & allowed[..., :blocks]
+        scores = checked(self.scores(q, landmark[:, :, :blocks], at))
+        open_to_all = int(may.flatten(0, -2).all(0).int().cumprod(0).sum())  # only what is behind needs a mask
+        scores[..., open_to_all:].masked_fill_(~may[..., open_to_all:], -torch.inf)
+        total = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # -inf without a candidate
+        if self.share == "max_heads":
+            scores, total = (scores - total).amax(1, keepdim=True), total.new_zeros(())
+        elif self.share == "max_queries":
+            scores, total = (scores - total).amax(2, keepdim=True).expand_as(scores), total.new_zeros(())
+            scores = scores.masked_fill(~may, -torch.inf)
+        index, _ = to_index(best(scores, self.topk))
+        at_chosen = index.clamp(min=0).long()
+        chosen = scores.gather(-1, at_chosen) - total if blocks else scores
+        return index, torch.where(index >= 0, chosen.exp(), 0)
 
     def scores(
         self,

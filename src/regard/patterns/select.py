@@ -7,6 +7,7 @@ A select takes scores ``[..., columns]``, -inf for what is no candidate, and giv
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch import Tensor
 from regard.patterns.order import Order
 
 __all__ = ["Select", "above", "mass", "pool_blocks", "ratio", "three_way", "to_index", "topk"]
+
+#: Numbers that a piece of work holds at a time: a megabyte of float32.
+_CACHED = 1 << 18
 
 
 class Select(ABC):
@@ -44,6 +48,8 @@ def checked(scores: Tensor) -> Tensor:
         ValueError: for NaN and +inf.
     """
     scores = scores.detach()
+    if not scores.numel() or scores.amax() < torch.inf:  # false for NaN too
+        return scores
     for what, wrong in (("NaN", scores.isnan()), ("+inf", scores == torch.inf)):
         if bool(wrong.any()):
             raise ValueError(
@@ -62,22 +68,37 @@ def to_index(mask: Bool[Tensor, "*rows columns"]) -> tuple[Int[Tensor, "*rows wi
     return index, count
 
 
+def pieces(rows: int, per_row: int) -> list[slice]:
+    """Slices of ``rows`` rows of ``per_row`` numbers each that stay in a cache."""
+    step = max(1, _CACHED // max(1, per_row))
+    return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]
+
+
+def join_rows(index: Sequence[Int[Tensor, "*rows _ _"]]) -> Int[Tensor, "*rows q_len width"]:
+    """Indices of consecutive rows as one, -1 after those of rows that select fewer."""
+    width = max(part.shape[-1] for part in index)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[-1]), value=-1) for part in index], -2)
+
+
 def best(scores: Tensor, k: Tensor | int) -> Tensor:
     """The k highest candidates of each row (``k``: a number, or one for each row ``[..., 1]``); lower index first."""
-    candidate = scores != -torch.inf
+    if not scores.numel():
+        return scores != -torch.inf
     if isinstance(k, int):
         if k >= scores.shape[-1]:
-            return candidate
+            return scores != -torch.inf
         least = _kth_highest(scores, k)
-        reached = (scores >= least) & candidate
-        if bool((reached.sum(-1) <= k).all()):  # nothing is tied with the last
+        reached = scores >= least
+        if bool((least == -torch.inf).any()):
+            reached &= scores != -torch.inf
+        if int(reached.sum(-1, dtype=torch.int32).max()) <= k:  # nothing is tied with the last
             return reached
         over = scores > least
         tied = reached & ~over
         return over | (tied & (tied.cumsum(-1) <= k - over.sum(-1, keepdim=True)))
     place = scores.sort(stable=True, dim=-1, descending=True).indices
     rank = torch.empty_like(place).scatter_(-1, place, torch.arange(scores.shape[-1], device=k.device).expand_as(place))
-    return (rank < k) & candidate
+    return (rank < k) & (scores != -torch.inf)
 
 
 def _kth_highest(scores: Tensor, k: int) -> Tensor:
