@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from regard.studies import evidence
+from regard.studies.long_reading import answered, learn, read_long, unmeasured
 from regard.studies.protocol import Claim, Finding, verdict
 
 PAPER = "landmark"
@@ -81,7 +80,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str | No
     findings = [*_forms(seed), _reading(seed)]
     if size == "full":
         return findings + _read_long(device, seed)
-    return findings + [Finding(name, "not measured", reason=FULL_ONLY) for name in ("chosen", "few")]
+    return findings + unmeasured(FULL_ONLY, "chosen", "few")
 
 
 def by_groups(scores: Any, block: int) -> Any:
@@ -190,41 +189,30 @@ def build(seed: int) -> Any:
 
 def train(seed: int, device: str) -> Any:
     """The decoder, trained on the answers of short texts."""
-    from torch.nn.functional import cross_entropy
-
     from regard.tasks.landmarks import insert_landmarks
     from regard.tasks.recall import KeyedPasskey
-    from regard.train.simple import fit
 
-    task = KeyedPasskey(TRAINED)
+    def prepare(ids: Any) -> Any:
+        return insert_landmarks(ids, BLOCK, KeyedPasskey().vocab)
 
-    def loss(model: Any, batch: Any) -> Any:
-        ids = insert_landmarks(batch.input_ids[:, :-1], BLOCK, task.vocab).to(device)
-        return cross_entropy(model(ids)[:, -1, : task.vocab], batch.input_ids[:, -1].to(device))
-
-    model = build(seed).to(device)
-    fit(model, loss, lambda g: task.batch(BATCH, g), STEPS, LR, seed, warmup=min(WARMUP, STEPS))
-    return model
+    made = build(seed)
+    return learn(made, TRAINED, device, seed, batch=BATCH, steps=STEPS, lr=LR, warmup=WARMUP, prepare=prepare)
 
 
 def answers(model: Any, batch: Any, arm: str, device: str, seed: int = 0) -> Any:
     """1 for every right answer; ``arm`` says which blocks are opened, "trained": the form of training."""
-    import torch
-
     from regard.tasks.landmarks import insert_landmarks
 
     landmark = model.embed.num_embeddings - 1
     for block in model.blocks:
         block.attention.chooser = choosers(seed)[arm if arm in ("last", "random") else "chosen"]
         block.attention.topk = batch.input_ids.shape[1] if arm == "all" else TOPK
-    right = []
-    with torch.no_grad():
-        for part in batch.input_ids.split(50):
-            ids = insert_landmarks(part[:, :-1], BLOCK, landmark).to(device)
-            state = None if arm == "trained" else model.new_state()
-            top = model(ids, state=state)[:, -1, :landmark].argmax(-1)
-            right.append((top.cpu() == part[:, -1]).numpy())
-    return np.concatenate(right).astype(float)
+
+    def read(prompts: Any) -> Any:
+        ids = insert_landmarks(prompts, BLOCK, landmark).to(device)
+        return model(ids, state=None if arm == "trained" else model.new_state())[:, -1, :landmark]
+
+    return answered(batch, read, 50)
 
 
 def choosers(seed: int) -> dict[str, Any]:
@@ -253,32 +241,25 @@ def choosers(seed: int) -> dict[str, Any]:
 
 
 def _read_long(device: str, seed: int) -> list[Finding]:
-    import torch
-
-    from regard.tasks.recall import KeyedPasskey
-
     models = [train(s, device) for s in range(seed, seed + SEEDS)]
-
-    def right(length: int, arm: str) -> Any:
-        batch = KeyedPasskey(length).batch(QUESTIONS, torch.Generator().manual_seed(1_000_000_007 + seed))
-        return np.stack([answers(m, batch, arm, device, seed) for m in models])
-
-    short = right(TRAINED, "trained")
-    if short.mean() < GATE:
-        reason = f"premise not met: {100 * short.mean():.0f} of 100 right at the trained length after {STEPS} steps"
-        return [Finding(name, "not measured", reason=reason) for name in ("chosen", "few")]
-    arms = {arm: right(TESTED, arm) for arm in ARMS}
-    means = {arm: 100 * float(x.mean()) for arm, x in arms.items()}
-    other = max(("last", "random"), key=lambda arm: means[arm])
-    far, few = 100 * (arms["chosen"] - arms[other]), 100 * (arms["chosen"] - arms["all"])
     blocks = (TESTED - 1) // BLOCK
-    shown = ", ".join(f"{arm} {mean:.1f}" for arm, mean in means.items())
-    reason = (
-        f"of 100 right at {TESTED} tokens, {TOPK} of {blocks} blocks, {SEEDS} seeds: {shown}; at the trained {TRAINED} "
-        f"{100 * short.mean():.1f}; the value of any pair shown gives {100 * KeyedPasskey().floor:.0f}"
+    read = read_long(
+        models,
+        lambda model, batch, arm: answers(model, batch, arm, device, seed),
+        ARMS,
+        trained=TRAINED,
+        tested=TESTED,
+        questions=QUESTIONS,
+        seed=seed,
+        first="trained",
+        what=f"{TOPK} of {blocks} blocks",
+        gate=GATE,
+        steps=STEPS,
     )
-    by_seed = {arm: x.mean(1).tolist() for arm, x in arms.items()} | {"trained": short.mean(1).tolist()}
-    details = {"accuracy": means, "by_seed": by_seed}
+    if isinstance(read, str):
+        return unmeasured(read, "chosen", "few")
+    other, means = read.better("last", "random"), read.means
+    far, few = 100 * (read.arms["chosen"] - read.arms[other]), 100 * (read.arms["chosen"] - read.arms["all"])
     return [
         Finding(
             "chosen",
@@ -286,10 +267,10 @@ def _read_long(device: str, seed: int) -> list[Finding]:
             float(far.mean()),
             evidence.seeds_and_items(far),
             floor=0.0,
-            ceiling=100 * float(short.mean()) - means[other],
+            ceiling=100 * float(read.short.mean()) - means[other],
             baseline=means[other],
-            reason=reason,
-            details=details,
+            reason=read.told,
+            details=read.details,
         ),
         Finding(
             "few",
@@ -298,6 +279,6 @@ def _read_long(device: str, seed: int) -> list[Finding]:
             evidence.seeds_and_items(few),
             floor=0.0,
             baseline=means["all"],
-            reason=f"all {blocks} blocks stand at positions that training never had; {reason}",
+            reason=f"all {blocks} blocks stand at positions that training never had; {read.told}",
         ),
     ]

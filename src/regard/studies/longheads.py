@@ -10,9 +10,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from regard.studies import evidence
+from regard.studies.long_reading import answered, learn, read_long, unmeasured
 from regard.studies.protocol import Claim, Finding, verdict
 
 PAPER = "longheads"
@@ -80,7 +79,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str | No
     findings = _forms(seed)
     if size == "full":
         return findings + _read_long(device, seed)
-    return findings + [Finding(name, "not measured", reason=FULL_ONLY) for name in ("renumbering", "chunks")]
+    return findings + unmeasured(FULL_ONLY, "renumbering", "chunks")
 
 
 def gathered(q: Any, k: Any, v: Any, routed: Any, inv_freq: Any, query: int) -> Any:
@@ -179,20 +178,7 @@ def build(seed: int) -> Any:
 
 def train(seed: int, device: str) -> Any:
     """The decoder, trained on the answers of short texts."""
-    from torch.nn.functional import cross_entropy
-
-    from regard.tasks.recall import KeyedPasskey
-    from regard.train.simple import fit
-
-    task = KeyedPasskey(TRAINED)
-
-    def loss(model: Any, batch: Any) -> Any:
-        ids = batch.input_ids.to(device)
-        return cross_entropy(model(ids[:, :-1])[:, -1], ids[:, -1])
-
-    model = build(seed).to(device)
-    fit(model, loss, lambda g: task.batch(BATCH, g), STEPS, LR, seed, warmup=min(WARMUP, STEPS))
-    return model
+    return learn(build(seed), TRAINED, device, seed, batch=BATCH, steps=STEPS, lr=LR, warmup=WARMUP)
 
 
 def routes(seed: int) -> dict[str, Any]:
@@ -218,46 +204,33 @@ def answers(model: Any, batch: Any, arm: str, device: str, seed: int = 0) -> Any
     """1 for every right answer."""
     from contextlib import nullcontext
 
-    import torch
-
     from regard.patterns import Causal, Window
     from regard.steer.long_heads import LongHeads
 
     pattern = Causal() & Window(TOTAL * CHUNK - 1) if arm == "window" else None
-    right = []
-    with torch.no_grad(), nullcontext() if arm in ("window", "dense") else LongHeads(model, routes(seed)[arm]):
-        for part in batch.input_ids.split(25):
-            top = model(part[:, :-1].to(device), pattern=pattern)[:, -1].argmax(-1).cpu()
-            right.append((top == part[:, -1]).numpy())
-    return np.concatenate(right).astype(float)
+    with nullcontext() if arm in ("window", "dense") else LongHeads(model, routes(seed)[arm]):
+        return answered(batch, lambda prompts: model(prompts.to(device), pattern=pattern)[:, -1], 25)
 
 
 def _read_long(device: str, seed: int) -> list[Finding]:
-    import torch
-
-    from regard.tasks.recall import KeyedPasskey
-
     models = [train(s, device) for s in range(seed, seed + SEEDS)]
-
-    def right(length: int, arm: str) -> Any:
-        batch = KeyedPasskey(length).batch(QUESTIONS, torch.Generator().manual_seed(1_000_000_007 + seed))
-        return np.stack([answers(m, batch, arm, device, seed) for m in models])
-
-    short = right(TRAINED, "dense")
-    if short.mean() < GATE:
-        reason = f"premise not met: {100 * short.mean():.0f} of 100 right at the trained length after {STEPS} steps"
-        return [Finding(name, "not measured", reason=reason) for name in ("renumbering", "chunks")]
-    arms = {arm: right(TESTED, arm) for arm in ARMS}
-    means = {arm: 100 * float(x.mean()) for arm, x in arms.items()}
-    other = max(("window", "random"), key=lambda arm: means[arm])
-    lost, gain = 100 * (short - arms["max"]), 100 * (arms["paper"] - arms[other])
-    shown = ", ".join(f"{arm} {mean:.1f}" for arm, mean in means.items())
-    reason = (
-        f"of 100 right at {TESTED} tokens, {TOTAL} chunks of {CHUNK}, {SEEDS} seeds: {shown}; at the trained {TRAINED} "
-        f"{100 * short.mean():.1f}; the value of any pair shown gives {100 * KeyedPasskey().floor:.0f}"
+    read = read_long(
+        models,
+        lambda model, batch, arm: answers(model, batch, arm, device, seed),
+        ARMS,
+        trained=TRAINED,
+        tested=TESTED,
+        questions=QUESTIONS,
+        seed=seed,
+        first="dense",
+        what=f"{TOTAL} chunks of {CHUNK}",
+        gate=GATE,
+        steps=STEPS,
     )
-    by_seed = {arm: x.mean(1).tolist() for arm, x in arms.items()} | {"trained": short.mean(1).tolist()}
-    details = {"accuracy": means, "by_seed": by_seed}
+    if isinstance(read, str):
+        return unmeasured(read, "renumbering", "chunks")
+    other, means = read.better("window", "random"), read.means
+    lost, gain = 100 * (read.short - read.arms["max"]), 100 * (read.arms["paper"] - read.arms[other])
     return [
         Finding(
             "renumbering",
@@ -265,9 +238,9 @@ def _read_long(device: str, seed: int) -> list[Finding]:
             float(lost.mean()),
             evidence.seeds_and_items(lost),
             floor=0.0,
-            baseline=100 * float(short.mean()) - means["dense"],
-            reason=reason,
-            details=details,
+            baseline=100 * float(read.short.mean()) - means["dense"],
+            reason=read.told,
+            details=read.details,
         ),
         Finding(
             "chunks",
@@ -277,6 +250,6 @@ def _read_long(device: str, seed: int) -> list[Finding]:
             floor=0.0,
             ceiling=means["max"] - means[other],
             baseline=means[other],
-            reason=f"{other} is the better of the two; {reason}",
+            reason=f"{other} is the better of the two; {read.told}",
         ),
     ]

@@ -107,7 +107,7 @@ class Study(Protocol):
 def names() -> list[str]:
     """Slugs of the papers that have a study."""
     here = Path(__file__).parent
-    shared = {"__init__", "protocol", "papers", "evidence", "testbed", "timing"}
+    shared = {"__init__", "protocol", "papers", "evidence", "long_reading", "testbed", "timing"}
     return sorted(p.stem.replace("_", "-") for p in here.glob("*.py") if p.stem not in shared)
 
 
