@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,13 +187,19 @@ def _chunks(batch: Batch, chunk: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Any, ids: Int[Tensor, "n length"], chunk: int = 16) -> float:
-    """Mean of -log2 p(byte | the bytes before) over the windows' bytes."""
-    total = 0.0
+def bits(model: Any, ids: Int[Tensor, "n length"], chunk: int = 16) -> Float[Tensor, "n length-1"]:
+    """``-log2 p(token | those before)`` of every token but the first; ``chunk`` sequences at a time."""
+    found = []
     for rows in ids.split(chunk):
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-        total += nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
-    return total / (ids.numel() - len(ids)) / float(torch.tensor(2.0).log())
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        found.append(each.view(len(rows), -1))
+    return torch.cat(found) / math.log(2)
+
+
+def bits_per_byte(model: Any, ids: Int[Tensor, "n length"], chunk: int = 16) -> float:
+    """Mean of `bits` over the windows' bytes."""
+    return bits(model, ids, chunk).double().mean().item()
 
 
 @dataclass

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.tasks.bytetext import BOS, StandardLibrary
-from regard.tasks.decoder import exact_match, repeated_at
+from regard.tasks.decoder import bits, exact_match, repeated_at
 from regard.tasks.needle import Needle
 
 #: What must be reached for the testbed to count as ready.
@@ -93,22 +92,8 @@ def _bits_saved(model: Any, rows: int, generator: torch.Generator) -> float:
     """Bits a byte in windows of 1,024 tokens less bits in windows of 8,192, over the bytes that both predict."""
     text = StandardLibrary("test").cut(rows, 8192, generator)
     pieces = torch.cat([torch.full((8 * rows, 1), BOS), text.view(8 * rows, 1024)], dim=1)
-    whole, cut = (_bits(model, ids) for ids in (text, pieces))
+    whole, cut = (bits(model, ids, 1) for ids in (text, pieces))
     return (cut.view(rows, 8192)[:, 1:] - whole).mean().item()
-
-
-def _bits(model: Any, ids: Int[Tensor, "n length"]) -> Float[Tensor, "n length-1"]:
-    """-log2 p of every token but the first."""
-    return torch.cat(
-        [
-            nn.functional.cross_entropy(
-                model(input_ids=row, use_cache=False).logits[:, :-1].float().transpose(1, 2),
-                row[:, 1:],
-                reduction="none",
-            )
-            for row in ids.split(1)
-        ]
-    ) / math.log(2)
 
 
 @contextmanager

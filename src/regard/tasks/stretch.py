@@ -12,7 +12,7 @@ from regard.tasks.bytetext import BOS, StandardLibrary
 from regard.tasks.decoder import PRINTABLE, Weighted, asked_mean, repeated_at
 from regard.tasks.needle import Needle, lines_of, sentences
 from regard.tasks.repeated import RepeatedTokens
-from regard.train.trainer import Recipe
+from regard.train.trainer import Recipe, token_loss
 
 __all__ = ["STRETCH", "Placed", "Stretch", "StretchMixture", "placed_loss", "skipped_positions"]
 
@@ -26,15 +26,7 @@ class Placed(Weighted):
 
 def placed_loss(model: nn.Module, batch: Placed) -> Float[Tensor, ""]:
     """`token_loss` with the batch's positions; a mask of ones says that jumps in them begin no new document."""
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.positions,
-        attention_mask=torch.ones_like(batch.input_ids),
-        use_cache=False,
-    ).logits[:, :-1]
-    weights = batch.weights[:, 1:]
-    each = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")
-    return (each * weights.flatten()).sum() / weights.sum()
+    return token_loss(model, batch, position_ids=batch.positions, attention_mask=torch.ones_like(batch.input_ids))
 
 
 def skipped_positions(

@@ -32,8 +32,15 @@ class Interrupted(Exception):
 class WeightedIds(Protocol):
     """What the trainer reads of a batch: tokens and what predicting each of them counts."""
 
-    input_ids: Int[Tensor, "batch length"]
-    weights: Float[Tensor, "batch length"]
+    @property
+    def input_ids(self) -> Int[Tensor, "batch length"]:
+        """The tokens."""
+        ...
+
+    @property
+    def weights(self) -> Float[Tensor, "batch length"]:
+        """What predicting each counts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,12 @@ class Recipe:
         return min(rise, fall)
 
 
-def token_loss(model: nn.Module, batch: WeightedIds) -> Tensor:
-    """``sum_p w_p CE(logits_(p-1), x_p) / sum_p w_p`` over the tokens p >= 1 of a causal language model."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
+def token_loss(model: nn.Module, batch: WeightedIds, **how: Tensor) -> Tensor:
+    """``sum_p w_p CE(logits_(p-1), x_p) / sum_p w_p`` over the tokens p >= 1 of a causal language model.
+
+    ``how`` goes to the model beside the ids.
+    """
+    logits = model(input_ids=batch.input_ids, use_cache=False, **how).logits[:, :-1].float()
     weights = batch.weights[:, 1:]
     each = nn.functional.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")
     return (each * weights.flatten()).sum() / weights.sum()
