@@ -119,3 +119,27 @@ def test_a_tuned_lens_starts_as_the_identity_and_learns_a_gain_and_a_shift():
     assert (lens(hidden)[1] - last).abs().max() < 0.02  # the last layer keeps what it had
     with pytest.raises(ValueError, match="leaves 0 to test on"):
         TunedLens(1, 5).fit(h[None, :2], last[:2])
+
+
+def test_class_directions_are_the_means_orthogonalised():
+    x, labels = rows(12, 6), torch.arange(12) % 3
+    common, others = d.class_directions(x, labels)
+    means = torch.stack([x[labels == c].mean(0) for c in range(3)])
+    e1 = means.mean(0) / means.mean(0).norm()
+    np.testing.assert_allclose(common[0], e1, atol=1e-12)
+    first = means[1] - means[0] - ((means[1] - means[0]) @ e1) * e1
+    np.testing.assert_allclose(others[0], first / first.norm(), atol=1e-12)
+    assert others.shape == (2, 6)
+    both = torch.cat([common, others])
+    np.testing.assert_allclose(both @ both.T, np.eye(3), atol=1e-12)
+    with pytest.raises(ValueError, match="at least two classes, got 1"):
+        d.class_directions(x, torch.zeros(12, dtype=torch.long))
+
+
+@given(st.integers(1, 6), st.integers(0, 99))
+def test_the_shares_within_a_basis_and_its_complement_add_up(k, seed):
+    whole = d.gram_schmidt(rows(7, 7, seed))
+    x = rows(5, 7, seed + 1)
+    inside, outside = d.share_within(x, whole[:k]), d.share_within(x, whole[k:])
+    np.testing.assert_allclose(inside + outside, np.ones(5), atol=1e-12)
+    np.testing.assert_allclose(d.share_within(whole[:1], whole[:k]), [1.0], atol=1e-12)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = [
     "Adapter",
     "Principal",
     "axis_split",
+    "class_directions",
     "distortion",
     "gram_schmidt",
     "mean_difference",
@@ -22,6 +23,7 @@ __all__ = [
     "project",
     "remove",
     "ridge",
+    "share_within",
 ]
 
 
@@ -117,9 +119,32 @@ def gram_schmidt(vectors: Float[Tensor, "k dim"]) -> Float[Tensor, "k dim"]:
     return torch.stack(found).to(vectors.dtype) if found else vectors.clone()
 
 
+def class_directions(
+    x: Float[Tensor, "n dim"], labels: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "1 dim"], Float[Tensor, "others dim"]]:
+    """The common direction of the class means of x, and the directions in which they diverge.
+
+    `e = unit(mean_c m_c)` and, Gram-Schmidt after it, `m_c - m_0` for every class but the first, [classes - 1, dim].
+
+    Raises:
+        ValueError: one class only, or means that lie in fewer directions.
+    """
+    classes = labels.unique()
+    if len(classes) < 2:
+        raise ValueError(f"labels must hold at least two classes, got {len(classes)}")
+    means = torch.stack([x[labels == c].double().mean(0) for c in classes])
+    basis = gram_schmidt(torch.cat([means.mean(0, keepdim=True), means[1:] - means[:1]])).to(x.dtype)
+    return basis[:1], basis[1:]
+
+
 def project(x: Float[Tensor, "*rows dim"], basis: Float[Tensor, "k dim"]) -> Float[Tensor, "*rows k"]:
     """Coordinates of x along the orthonormal rows of `basis`: `x . e_i`."""
     return x @ basis.T
+
+
+def share_within(x: Float[Tensor, "*rows dim"], basis: Float[Tensor, "k dim"]) -> Float[Tensor, "*rows"]:
+    """The share of `||x||^2` in the span of the orthonormal rows of `basis`; NaN for x = 0."""
+    return project(x, basis).square().sum(-1) / x.square().sum(-1)
 
 
 def remove(

@@ -104,6 +104,17 @@ class Lexicon:
         first[states.index("det1")] = 1
         return step, first, torch.tensor([kinds.index(kind) for kind, _ in GRAMMAR.values()])
 
+    @cached_property
+    def frequency(self) -> Float[Tensor, "vocab"]:
+        """The share of each word in endless text, from the chain's stationary distribution; 0 for the first two ids."""
+        step, _, writes = self._chain
+        n = len(step)
+        # pi (step - 1) = 0 and sum pi = 1.
+        system = torch.cat([(step - torch.eye(n, dtype=step.dtype)).T, torch.ones(1, n, dtype=step.dtype)])
+        state = torch.linalg.lstsq(system, torch.eye(n + 1, dtype=step.dtype)[:, -1:], driver="gelsd").solution[:, 0]
+        of_kind = torch.zeros(len(KINDS), dtype=state.dtype).index_add_(0, writes, state)
+        return torch.where(self.kind >= 0, of_kind[self.kind], 0) * self.within
+
     def batch(self, n: int, generator: torch.Generator) -> Batch:
         """n stretches of text drawn with the generator."""
         step, first, writes = self._chain

@@ -110,6 +110,22 @@ class RoleDocuments:
 
         Words that are none of a register's are left out.
         """
+        levels = torch.arange(1, self.registers + 1, dtype=torch.float64)
+        return self._with_level(words).softmax(1) @ levels
+
+    def log_marginal(self, words: Int[Tensor, "n words"]) -> Float[Tensor, "n"]:
+        """log p(words), nats a row: what the generator says at all, all roles and ``nobody`` equally likely.
+
+        Raises:
+            ValueError: a word that is none of a register's.
+        """
+        at = words - self.vocabulary["r1w0"]
+        if bool(((at < 0) | (at >= self.registers * self.each)).any()):
+            raise ValueError("words must be ids of the registers' words")
+        return self._with_level(words).logsumexp(1)
+
+    def _with_level(self, words: Tensor) -> Tensor:
+        """log p(words, level), [n, levels]; words that are none of a register's are left out."""
         first = self.vocabulary["r1w0"]
         at = words - first
         there = (at >= 0) & (at < self.registers * self.each)
@@ -123,5 +139,4 @@ class RoleDocuments:
             prior = torch.full((len(roles),), 1 / (self.n_roles + 1), dtype=torch.float64)
             prior[-1] /= self.registers
             by_level.append(((p.T[at] * there[..., None]).sum(1) + prior.log()).logsumexp(1))
-        posterior = torch.stack(by_level, 1).softmax(1)
-        return posterior @ torch.arange(1, self.registers + 1, dtype=torch.float64)
+        return torch.stack(by_level, 1)
