@@ -176,7 +176,7 @@ def _loss(before: Any, after: Any, seeds: list[int], seed: int) -> Finding:
 
 
 def _attention(before: Any, after: Any, seeds: list[int], seed: int) -> Finding:
-    each: dict[str, Any] = {}
+    each: dict[tuple[str, str], Any] = {}
     for group in ("context", "user"):
         for name, model, chat in (("before", before, False), ("after", after, True)):
             drawn = [looks(model, conflicts(s, chat=chat), group) for s in seeds]

@@ -107,7 +107,7 @@ def judge(model: Any, templates: tuple[int, int], seed: int) -> dict[str, Any]:
     parts = torch.randperm(task.symbols, generator=generator).chunk(PARTS)
     layers = range(model.config.num_hidden_layers - 1)
     tasks, symbols = task.maps, task.symbols
-    found = {name: np.zeros((tasks, symbols)) for name in ("plain", "steered")}
+    found: dict[str, Any] = {name: np.zeros((tasks, symbols)) for name in ("plain", "steered")}
     found["random"] = np.zeros((tasks, symbols, DRAWS))
     found["lens"] = np.zeros((tasks, len(layers), symbols))
     found["steered_lens"] = np.full((tasks, len(layers), symbols), np.nan)
