@@ -28,35 +28,6 @@ def test_every_claim_is_judged(monkeypatch):
     assert len(found["steering"].details["level"]) == 3
 
 
-def test_the_encoding_is_ridge_regression_on_a_matrix_of_places_by_words():
-    g = torch.Generator().manual_seed(0)
-    words, answers = torch.randint(5, (60,), generator=g), torch.randn(60, 3, generator=g, dtype=torch.float64)
-    columns = []
-    for lag in range(len(study.LAGS)):
-        one = torch.nn.functional.one_hot(words, 5).double()
-        columns.append(torch.cat([torch.zeros(lag, 5, dtype=torch.float64), one[: 60 - lag]]))
-    x = torch.cat(columns, 1)
-    want = np.linalg.solve((x.T @ x + 2 * torch.eye(15)).numpy(), (x.T @ answers).numpy())[:5]
-    np.testing.assert_allclose(study.encode(answers, words, 5, 2.0), want, atol=1e-10)
-
-
-def test_a_reader_hears_words_now_and_later_with_noise_of_the_stated_size():
-    of_word, words = torch.eye(3, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
-    heard = study.read(of_word, words, 1, 0.0, torch.Generator())
-    np.testing.assert_allclose(heard, [[1, 0, 0], [0.5, 1, 0], [0.25, 0.5, 1], [0, 1.25, 0.5]])
-    g = torch.Generator().manual_seed(0)
-    words = torch.randint(3, (20_000,), generator=g)
-    plain = study.read(of_word, words, 1, 0.0, g)
-    for subjects in (1, 25):
-        noise = study.read(of_word, words, subjects, 10.0, g) - plain
-        assert float(noise.std() / plain.std()) == pytest.approx(10 / subjects**0.5, rel=0.05)
-
-
-def test_a_blind_reader_has_no_feature_of_frequency():
-    assert study.features(True).shape[1] == study.features(False).shape[1] + 1
-    torch.testing.assert_close(study.features().mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-9, rtol=0)
-
-
 def test_the_mean_state_of_a_word_is_over_its_places(bed):
     hidden = bed.hidden(100, torch.Generator().manual_seed(5))
     ids = bed.task.batch(100, torch.Generator().manual_seed(5)).input_ids

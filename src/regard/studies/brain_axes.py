@@ -71,7 +71,7 @@ CLAIMS = [
         holds_if="better than the baseline",
     ),
 ]
-SUBJECTS, SENSORS, NOISE, LAGS, PENALTY = 12, 128, 10.0, (1.0, 0.5, 0.25), 1.0
+SUBJECTS, SENSORS, NOISE, PENALTY = 12, 128, 10.0, 1.0
 TEXT = {"smoke": 400, "full": 1000}
 SEEDS = {"smoke": 3, "full": 5}
 COMPONENTS, ADAPTER, PERMUTATIONS = 8, 10.0, 100
@@ -135,56 +135,6 @@ class Words:
         return (total / seen[:, None]).cpu()
 
 
-def features(frequency: bool = True, generator: Any = None) -> Any:
-    """What sensors may answer to in a word, standardised over words, [words, features]."""
-    import torch
-
-    from regard.tasks.lexicon import Lexicon
-
-    task = Lexicon()
-    known = [task.frequency[2:].log()] if frequency else []
-    known += [task.function[2:].double(), task.animate[2:].double()]
-    shape = len(known[0])
-    known += [torch.rand(shape, generator=generator).double() for _ in range(2)]
-    x = torch.stack(known, 1)
-    return (x - x.mean(0)) / x.std(0)
-
-
-def read(of_word: Any, words: Any, subjects: int, noise: float, generator: Any) -> Any:
-    """The sensors' answers while words [n] are read, mean over subjects, [n, sensors]; `of_word` [words, sensors]."""
-    import torch
-
-    signal = of_word[words]
-    heard = sum(
-        weight * torch.cat([torch.zeros_like(signal[:lag]), signal[: len(signal) - lag]])
-        for lag, weight in enumerate(LAGS)
-    )
-    # The mean of the subjects' noises.
-    spread = noise * heard.std() / subjects**0.5
-    return heard + spread * torch.randn(heard.shape, generator=generator, dtype=torch.float64)
-
-
-def encode(answers: Any, words: Any, count: int, penalty: float) -> Any:
-    """Ridge regression of answers on the words now and at the lags before: the vectors of now, [count, sensors].
-
-    The normal equations are sums over pairs of words, so that no matrix of places by words is made.
-    """
-    import torch
-
-    n, lags = len(words), len(LAGS)
-    gram = torch.zeros(lags * count, lags * count, dtype=torch.float64)
-    right = torch.zeros(lags * count, answers.shape[1], dtype=torch.float64)
-    for a in range(lags):
-        right[a * count : (a + 1) * count].index_add_(0, words[: n - a], answers[a:])
-        for b in range(lags):
-            late = max(a, b)
-            pair = words[late - a : n - a] * count + words[late - b : n - b]
-            block = torch.bincount(pair, minlength=count**2).view(count, count)
-            gram[a * count : (a + 1) * count, b * count : (b + 1) * count] = block
-    gram += penalty * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, right)[:count]
-
-
 def atlas(bed: Words, texts: int, subjects: int, seed: int, half: int, frequency: bool = True) -> Any:
     """One reading: the vector of every word [words, sensors], rows of words that were never read being 0.
 
@@ -192,12 +142,15 @@ def atlas(bed: Words, texts: int, subjects: int, seed: int, half: int, frequency
     """
     import torch
 
+    from regard.tasks.listener import encode, features, read
+
     fixed = torch.Generator().manual_seed(1_000_003 * seed + 61)
     own = torch.Generator().manual_seed(1_000_003 * seed + 67 + half)
-    of_word = features(frequency, fixed)
+    of_word = features(bed.task, fixed, frequency=frequency)
     of_word = of_word @ torch.randn(of_word.shape[1], SENSORS, generator=fixed, dtype=torch.float64)
     words = bed.task.batch(texts, own).input_ids[:, 1:].flatten() - 2
-    return encode(read(of_word, words, subjects, NOISE, own), words, bed.count, PENALTY)
+    answers = read(of_word, words, own, subjects=subjects, noise=NOISE)
+    return encode(answers, words, bed.count, PENALTY)
 
 
 def correlations(axes: Any, target: Any) -> Any:
@@ -318,13 +271,14 @@ def _encoding(seed: int) -> Finding:
     import torch
 
     from regard.tasks.lexicon import Lexicon
+    from regard.tasks.listener import encode, read
 
     generator = torch.Generator().manual_seed(seed)
     words = Lexicon().batch(TEXT["smoke"], generator).input_ids[:, 1:].flatten() - 2
     of_word = torch.randn(400, 4, generator=generator, dtype=torch.float64)
     # Rarer words may stand beside each other only, and then answers now and later cannot be told apart.
     often = torch.bincount(words, minlength=400) >= OFTEN
-    back = encode(read(of_word, words, 1, 0.0, generator), words, 400, 1e-9)[often]
+    back = encode(read(of_word, words, generator, noise=0.0), words, 400, 1e-9)[often]
     # One constant is open all the same: what all words add now may be taken away half a second later.
     gap = (back - back.mean(0)) - (of_word[often] - of_word[often].mean(0))
     worst, reason = (
