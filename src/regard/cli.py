@@ -82,6 +82,7 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Masking = Annotated[str, typer.Option(help="How a head is taken out: zero, uniform, mean or resample.")]
 TaskLength = Annotated[int, typer.Option(min=8, help="Bytes of a needle's text; tokens of a repetition.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+Page = Annotated[Path | None, typer.Option("--page", help="Write a page with the heat map there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Nothing but JSON on stdout.")]
 Probe = Annotated[
     bool, typer.Option("--probe", help="Judge retrieval and induction on needles and repeated segments as well.")
@@ -324,13 +325,19 @@ def scan(
     length: TaskLength = 256,
     top: Annotated[int, typer.Option(min=1, help="How many heads are printed.")] = 12,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every head's figures there, as JSON.")] = None,
+    page: Page = None,
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Take every head out in turn and say what the task's answers then cost."""
-    found = _scan(_load(model, device), task, kind, prompts, length, seed)
+    loaded = _load(model, device)
+    found = _scan(loaded, task, kind, prompts, length, seed)
     record = _scan_json(found)
+    if page is not None:
+        from regard.report.scan_page import scan_report
+
+        scan_report([record], page, model=loaded.name)
     if out is not None:
         out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if as_json:
@@ -342,6 +349,9 @@ def scan(
         table.add_row(str(head["layer"]), str(head["head"]), _number(head["increase"]), f"{low:.3g} .. {high:.3g}")
     _print_table(table)
     print(f"{task}, {prompts} prompts, heads taken out by {kind!r}; the whole model's loss is {record['loss']:.3g} nat")
+    for path in (out, page):
+        if path is not None:
+            print(path)
 
 
 @app.command()
@@ -353,6 +363,7 @@ def circuits(
     kind: Masking = "zero",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts of each task.")] = 16,
     length: TaskLength = 256,
+    page: Page = None,
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -363,12 +374,18 @@ def circuits(
     loaded = _load(model, device)
     a, b = (_scan(loaded, task, kind, prompts, length, seed) for task in (first, second))
     record = {"tasks": [first, second], "kind": kind, "share": share, **overlap(a, b, share=share, seed=seed)}
+    if page is not None:
+        from regard.report.scan_page import scan_report
+
+        scan_report([_scan_json(a), _scan_json(b)], page, model=loaded.name, overlap=record)
     if as_json:
         _print_json(record)
         return
     shared = ", ".join(f"{layer}.{head}" for layer, head in record["shared"]) or "none"
     print(f"{first} and {second} share {record['overlap']:.0%} of their heads: {shared}")
     print(f"random circuits of this size share {record['chance']:.0%}, 1 % of them {record['chance_99']:.0%} or more")
+    if page is not None:
+        print(page)
 
 
 @app.command()
