@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from regard.report.head_patterns import head_patterns, plane
 from regard.studies import protocol
 from regard.studies import vit_visual_analytics as study
 from regard.tasks import vit
@@ -91,35 +90,9 @@ def test_pruning_views_against_the_weights(model):
             np.testing.assert_allclose(views[view][1, head], set_to(value), atol=1e-6, err_msg=view)
 
 
-def test_maps_are_of_patches_and_alike_in_brightness(model):
-    images, index = study.drawn(2, "test", 0, "cpu")
-    maps = study.maps_of(model, images)
-    assert maps.shape == (2 * 2 * 2, 1, 32, 32)
-    torch.testing.assert_close(maps.flatten(1).std(1), torch.ones(8))
-    assert len(set(index.tolist())) == 2
-    codes = study.latents(maps, 0) if study.STEPS < 10 else None
-    assert codes is None or codes.shape == (8, study.LATENT)
-
-
 def test_draws_beyond_the_digits_are_moved_copies():
     images, index = study.drawn(400, "test", 0, "cpu")
     assert len(images.labels) == 400
     assert len(set(index.tolist())) == 360
     again = index.tolist().index(index[399].item())
     assert images.labels[again] == images.labels[399]
-
-
-def test_the_plot_shows_every_cluster():
-    generator = np.random.default_rng(0)
-    codes, clusters = generator.normal(size=(30, 5)), np.arange(30) % 3
-    figure = head_patterns(codes, clusters, np.arange(30) // 10, generator.random((30, 4, 4)))
-    axes = [ax for part in figure.subfigs for ax in part.axes]
-    assert len(axes) == 1 + 4
-    assert sum(len(c.get_offsets()) for c in axes[0].collections) == 30
-    assert [ax.get_visible() for ax in axes[1:]] == [True, True, True, False]
-    points = plane(codes)
-    assert points.var(0)[0] >= points.var(0)[1]
-    with pytest.raises(ValueError, match="clusters must be one for each of the 30"):
-        head_patterns(codes, clusters[:2], clusters, codes)
-    with pytest.raises(ValueError, match="codes must be"):
-        head_patterns(codes[:, :1], clusters, clusters, codes)

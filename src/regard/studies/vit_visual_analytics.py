@@ -2,8 +2,7 @@
 
 Importance is what taking a head out (z = 0, the output projection's bias stays) does to the class distribution; heads
 are ranked on some digits and judged on others. Maps are the patches' own weights, without the class token.
-
-``python -m regard.studies.vit_visual_analytics FILE.svg`` draws the maps of the shipped testbed by kind.
+`regard.report.head_patterns` draws their kinds.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ CLAIMS = [
 ]
 IMAGES = {"smoke": 200, "full": 2000}
 TOP, DRAWS, CHUNK = 3, 5, 20
-MAPPED, KINDS, LATENT, STEPS, SEEDS = 250, 8, 16, 800, 3
+MAPPED, KINDS, STEPS, SEEDS = 250, 8, 800, 3
 FULL_ONLY = "needs the 2,000 images of the full size"
 Heads = list[tuple[int, int]]
 
@@ -281,92 +280,21 @@ def _halves(model: Any, images: Any, groups: np.ndarray[Any, Any], seed: int) ->
     )
 
 
-def maps_of(model: Any, images: Any) -> Any:
-    """Maps between patches of every layer, head and image as 32 x 32 blocks, each of mean 0 and deviation 1.
-
-    [layer * head * image, 1, 32, 32], layer-major. Unnormalised, how peaked a map is would outweigh where.
-    """
-    import torch
-
-    from regard.watch.anatomy import anatomy
-    from regard.watch.intervene import Site, trace
-
-    given = inputs(images)
-    parts = anatomy(model, given)
-    sites = [Site(layer, "weights") for layer in range(len(parts))]
-    weights = torch.stack(list(trace(model, given, sites, anatomy=parts).values()))[..., 1:, 1:].transpose(1, 2)
-    blocks = torch.nn.functional.adaptive_avg_pool2d(weights.flatten(0, 2)[:, None], 32)
-    flat = blocks.flatten(1)
-    return ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).view_as(blocks)
-
-
-def latents(maps: Any, seed: int) -> np.ndarray[Any, Any]:
-    """Codes [maps, 16] of a convolutional autoencoder trained on them, three convolutions of stride 2 each way."""
-    import torch
-    from torch import nn
-
-    from regard.train.simple import fit
-
-    def up(a: int, b: int) -> nn.Module:
-        return nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        down = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in ((1, 8), (8, 16), (16, 32))]
-        encoder = nn.Sequential(down[0], nn.ReLU(), down[1], nn.ReLU(), down[2], nn.ReLU(), nn.Flatten())
-        encoder.append(nn.Linear(512, LATENT))
-        decoder = nn.Sequential(nn.Linear(LATENT, 512), nn.ReLU(), nn.Unflatten(1, (32, 4, 4)))
-        decoder.extend([up(32, 16), nn.ReLU(), up(16, 8), nn.ReLU(), up(8, 1)])
-    both = nn.Sequential(encoder, decoder).to(maps.device)
-
-    def loss(module: Any, batch: Any) -> Any:
-        return nn.functional.mse_loss(module(batch), batch)
-
-    fit(both, loss, lambda g: maps[torch.randint(len(maps), (64,), generator=g)], STEPS, 1e-3, seed)
-    with torch.no_grad():
-        return torch.cat([encoder(part) for part in maps.split(512)]).cpu().numpy()
-
-
-def clustered(points: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-    """Labels of k-means."""
-    from sklearn.cluster import KMeans
-
-    return KMeans(KINDS, n_init=4, random_state=seed).fit_predict(points)
-
-
 def _clusters(model: Any, images: Any, seed: int) -> Finding:
     from itertools import combinations
 
     from sklearn.metrics import adjusted_rand_score
 
+    from regard.tasks.map_kinds import clustered, codes, patch_maps
     from regard.tasks.vision import Images
 
-    maps = maps_of(model, Images(images.x[:MAPPED], images.labels[:MAPPED]))
+    maps = patch_maps(model, inputs(Images(images.x[:MAPPED], images.labels[:MAPPED])))
     seeds = range(seed, seed + SEEDS)
-    coded = [clustered(latents(maps, s), s) for s in seeds]
-    flat = maps.flatten(1).cpu().numpy()
-    plain = [clustered(flat, s) for s in seeds]
+    coded = [clustered(codes(maps, s, steps=STEPS), s, KINDS) for s in seeds]
+    flat = maps.flatten(1)
+    plain = [clustered(flat, s, KINDS) for s in seeds]
     each, beside = ([adjusted_rand_score(a, b) for a, b in combinations(x, 2)] for x in (coded, plain))
     figure = float(np.mean(each))
     reason = f"{len(maps)} maps, pairs of trainings: {', '.join(f'{x:.3f}' for x in each)}"
     interval = evidence.bootstrap(each, seed=seed)
     return Finding("clusters", verdict(figure > 0.6), figure, interval, 0.0, 1.0, float(np.mean(beside)), reason=reason)
-
-
-def picture(path: str, seed: int = 0) -> None:
-    """Writes the maps of 60 digits by kind: codes in the plane, and the mean map of every cluster."""
-    from regard.report.head_patterns import head_patterns
-    from regard.tasks.testbeds import load
-
-    images, _ = drawn(60, "test", seed, "cpu")
-    model = load(MODEL).model
-    maps = maps_of(model, images)
-    codes = latents(maps, seed)
-    layers = np.repeat(np.arange(model.config.num_hidden_layers), len(maps) // model.config.num_hidden_layers)
-    head_patterns(codes, clustered(codes, seed), layers, maps[:, 0].cpu().numpy()).savefig(path)
-
-
-if __name__ == "__main__":
-    import sys
-
-    picture(sys.argv[1])
