@@ -492,7 +492,7 @@ def train(
     name: Annotated[
         str,
         typer.Argument(
-            help="decoder, lists, maps, numbers, roles, lexicon, arith, conflict, conflict-sft, vit or video.",
+            help="decoder, lists, maps, numbers, roles, lexicon, arith, conflict, conflict-sft, recital, vit or video.",
             show_default=False,
         ),
     ],
