@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from regard.patterns.static import Sinks
+from regard.watch import pieces as piecewise
 from regard.watch.anatomy import anatomy
 from regard.watch.effects import damage, kl, logit_difference, loss, probability, recovery
 from regard.watch.intervene import Edit, Site, intervene, mask_heads, scan, trace
+from regard.watch.pieces import tells_apart
 from tests.watch.zoo import Plain, build, ids
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -71,6 +73,67 @@ def test_stacked_edits_give_the_numbers_they_give_alone(chunk, pads, bias):
         with torch.no_grad():
             torch.testing.assert_close(got.clean, metric(model(**clean)), **CLOSE)
             torch.testing.assert_close(got.corrupt, metric(model(**corrupt)), **CLOSE)
+
+
+@settings(max_examples=8)
+@given(
+    chunk=st.integers(1, 5), rows=st.integers(1, 6), pads=st.booleans(), told=st.booleans(), tokens=st.integers(6, 60)
+)
+def test_a_batch_in_pieces_gives_the_numbers_of_the_whole(chunk, rows, pads, told, tokens):
+    """Rows asked for, and rows chosen for the tokens of a pass; padding that the model names, and that valid= names."""
+    model = Plain().eval()
+    parts = anatomy(model, ids(2, 5))
+    mask = torch.ones(5, 7, dtype=torch.long)
+    mask[[1, 4], :2] = 1 - int(pads)
+    extra = {"attention_mask": mask} if told else {}
+    clean, corrupt = ({"input_ids": ids(5, 7, seed), **extra} for seed in (0, 1))
+    how = {"anatomy": parts, "valid": None if told else mask.bool()}
+    edits = [e for e in every_kind() if not tells_apart(e[0] if isinstance(e, list) else e)]
+    assert len(edits) == len(every_kind()) - 2
+    whole = scan(model, clean, corrupt, edits, metric, chunk, rows=5, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(piecewise, "CPU_TOKENS", tokens)
+        for several in (rows, None):
+            got = scan(model, clean, corrupt, edits, metric, chunk, rows=several, **how)
+            for name in ("values", "clean", "corrupt"):
+                torch.testing.assert_close(getattr(got, name), getattr(whole, name), **CLOSE)
+
+
+def test_pieces_are_no_larger_than_asked_and_run_once():
+    model, seen = Plain().eval(), []
+    parts = anatomy(model, ids(2, 5))
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    edits = [Edit(Site(layer, "z", head=h), "zero") for layer in range(2) for h in range(2)]
+    scan(model, {"input_ids": ids(5, 7)}, None, edits, metric, 2, rows=2, anatomy=parts)
+    # The plain run; two copies of each piece for the heads of layer 0; what comes before layer 1, and two copies of
+    # each piece there, pieces of one size together.
+    assert seen == [2, 2, 1, 4, 4, 2, 2, 2, 4, 4, 1, 2]
+
+
+def test_edits_that_tell_samples_apart_keep_the_batch_whole(monkeypatch):
+    monkeypatch.setattr(piecewise, "CPU_TOKENS", 1)
+    model, clean = Plain().eval(), ids(3, 6)
+    parts = anatomy(model, clean)
+    for edit in (
+        *mask_heads([(0, 1)], "mean"),
+        *mask_heads([(0, 1)], "resample"),
+        Edit(Site(0, "resid_post"), "add", value=torch.randn(3, 1, 32)),
+        Edit(Site(0, "z", pos=((0,), (1,), (2,))), "zero"),
+    ):
+        got = scan(model, clean, None, [edit], metric, anatomy=parts)
+        with torch.no_grad(), intervene(model, edit, anatomy=parts):
+            torch.testing.assert_close(got.values[0], metric(model(clean)), **CLOSE)
+        with pytest.raises(ValueError, match=r"rows=2: Site.*together"):
+            scan(model, clean, None, [edit], metric, rows=2, anatomy=parts)
+    shared = Edit(Site(0, "resid_post"), "add", value=torch.randn(32))
+    assert scan(model, clean, None, [shared], metric, rows=1, anatomy=parts).values.shape == (1, 3)
+    with pytest.raises(ValueError, match="rows=0"):
+        scan(model, clean, None, [shared], metric, rows=0, anatomy=parts)
+    vit, pixels, _ = build("vit")
+    with pytest.raises(ValueError, match="no token numbers"):
+        scan(vit, pixels, None, [Edit(Site(0, "z"), "zero")], lambda s: s[:, 0], rows=1)
 
 
 def test_scan_on_others_models():

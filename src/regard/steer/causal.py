@@ -48,6 +48,7 @@ def head_ablation(
     pos: Any = None,
     seed: int = 0,
     chunk: int = 8,
+    rows: int | None = None,
     anatomy: Anatomy | None = None,
     valid: Bool[Tensor, "batch length"] | None = None,
 ) -> xr.DataArray:
@@ -61,6 +62,7 @@ def head_ablation(
         heads: which; None: all.
         values, pos, seed: as in `mask_heads`.
         chunk: how many heads share a forward pass.
+        rows: how many samples, as in `scan`.
         anatomy, valid: as in `intervene`.
 
     Returns:
@@ -69,7 +71,7 @@ def head_ablation(
     parts = anatomy_for(model, inputs, anatomy)
     wanted = heads_of(parts) if heads is None else list(heads)
     edits = [mask_heads([head], kind, values=values, pos=pos, seed=seed) for head in wanted]
-    found = scan(model, inputs, None, edits, metric, chunk, anatomy=parts, valid=valid)
+    found = scan(model, inputs, None, edits, metric, chunk, rows=rows, anatomy=parts, valid=valid)
     out = _table(parts, wanted, found.values - found.clean, "head_ablation")
     out.attrs["kind"] = kind
     return out.assign_coords(plain=("sample", _numpy(found.clean)))

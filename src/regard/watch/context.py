@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,10 +51,25 @@ class Frame:
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of `module.forward`, in order, without `*args` and `**kwargs`."""
+    function = getattr(module.forward, "__func__", None)
+    return _of_method(function) if function is not None else _named(_parameters(module.forward))
+
+
+@lru_cache(maxsize=4096)
+def _of_method(function: Callable) -> tuple[str, ...]:
+    parameters = _parameters(function)
+    takes_self = bool(parameters) and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+    return _named(parameters[1:] if takes_self else parameters)
+
+
+def _parameters(function: Callable) -> list[inspect.Parameter]:
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return ()
+        return []
+
+
+def _named(parameters: list[inspect.Parameter]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from regard.watch.anatomy import Anatomy, anatomy_for
 from regard.watch.edits import Edit
 from regard.watch.effects import damage, recovery
+from regard.watch.pieces import SHARED, Gathered, part_of, pieces
 from regard.watch.places import find_logits
 from regard.watch.probe import run
 from regard.watch.resume import Prefix, first_block, resumable
@@ -21,9 +23,6 @@ from regard.watch.running import Backend
 from regard.watch.session import Session
 from regard.watch.site import Site
 from regard.watch.trace import trace
-
-# Arguments whose first dimension is never the batch.
-_SHARED = ("cache_position",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +55,7 @@ def scan(
     metric: Callable[[Tensor], Tensor],
     chunk: int = 8,
     *,
+    rows: int | None = None,
     direction: str = "denoise",
     resume: bool = True,
     anatomy: Anatomy | None = None,
@@ -75,6 +75,8 @@ def scan(
             gets corrupted ones.
         metric: logits [batch, ...] -> one number a sample.
         chunk: how many copies run together.
+        rows: how many samples of each copy run together. None: all, but on a CPU no more than make 2,048 tokens with
+            the copies, where the inputs are token numbers and no edit tells samples apart.
         direction: which run is edited.
         resume: False: run every block each time. Models whose blocks are no plain chain (encoder-decoders, blocks that
             are used twice) are always run whole.
@@ -85,8 +87,8 @@ def scan(
     """
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction={direction!r}; accepted: 'denoise' (clean into corrupt), 'noise'")
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}; give at least 1")
+    if chunk < 1 or (rows is not None and rows < 1):
+        raise ValueError(f"chunk={chunk}, rows={rows}; give at least 1")
     groups = [[e] if isinstance(e, (Edit, Site)) else list(e) for e in edits]
     patches = list(dict.fromkeys(e for group in groups for e in group if isinstance(e, Site)))
     if patches and corrupt is None:
@@ -96,36 +98,90 @@ def scan(
     base, other = (clean, corrupt) if direction == "noise" or corrupt is None else (corrupt, clean)
     how: dict[str, Any] = {"anatomy": anatomy, "backend": backend}
     values = trace(model, other, patches, valid=valid, **how) if patches else {}
-    ready = [[Edit(e, "set", value=values[e]) if isinstance(e, Site) else e for e in group] for group in groups]
+    split = pieces(model, base, min(chunk, max(1, len(groups))), rows, [e for g in groups for e in g])
     results: dict[int, Tensor] = {}
     with torch.no_grad():
-        plain = {name: score(model, x, metric, anatomy=anatomy, backend=backend) for name, x in _named(clean, corrupt)}
+        plain = {
+            name: score(model, x, metric, split, anatomy=anatomy, backend=backend) for name, x in _named(clean, corrupt)
+        }
         batch = len(plain["clean"])
-        parts = anatomy_for(model, base, anatomy) if resume and ready else None
-        prefix = Prefix(model, base, parts, batch) if parts is not None and resumable(model, parts) else None
-        starts = [first_block([e.site for e in g], parts) if parts is not None and prefix else 0 for g in ready]
-        order = sorted(range(len(ready)), key=starts.__getitem__)
+        parts = anatomy_for(model, base, anatomy) if resume and groups else None
+        chain = parts is not None and resumable(model, parts)
+        runs = [
+            _Run(model, base, piece, batch, parts if chain else None, valid, values)
+            for piece in ([None] if split is None else split)
+        ]
+        starts = [first_block([_site(e) for e in g], parts) if parts is not None and chain else 0 for g in groups]
+        order = sorted(range(len(groups)), key=starts.__getitem__)
         for begin in range(0, len(order), chunk):
             some = order[begin : begin + chunk]
-            actions = [(e, slice(i * batch, (i + 1) * batch)) for i, n in enumerate(some) for e in ready[n]]
-            inputs = stack(base, len(some), batch)
-            rows = None if valid is None else stack(valid, len(some), batch)
-            if prefix is not None:
-                prefix.advance(starts[some[0]])
-            with (
-                prefix.running(len(some)) if prefix is not None else nullcontext(),
-                Session(model, actions, parts=anatomy, inputs=base, valid=rows, backend=backend),
-            ):
-                logits = find_logits(run(model, inputs))[0]
-            results |= {n: metric(part) for n, part in zip(some, logits.split(batch), strict=True)}
-    stacked = torch.stack([results[n] for n in range(len(ready))]) if results else plain["clean"].new_zeros(0, batch)
+            gathered = Gathered(len(some))
+            here = [groups[n] for n in some]
+            for _, alike in groupby(runs, key=lambda r: r.key):
+                _edited(model, list(alike), here, starts[some[0]], gathered, anatomy, backend)
+            results |= {n: metric(logits) for n, logits in zip(some, gathered.logits, strict=True)}
+    stacked = torch.stack([results[n] for n in range(len(groups))]) if results else plain["clean"].new_zeros(0, batch)
     return Scan(stacked, plain["clean"], plain.get("corrupt"))
+
+
+class _Run:
+    """Some samples of a batch, or all; what comes before the edited block is computed once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        piece: slice | None,
+        batch: int,
+        parts: Anatomy | None,
+        valid: Tensor | None,
+        values: Mapping[Site, Tensor],
+    ) -> None:
+        self.piece, self.batch = piece, batch
+        self.inputs = inputs if piece is None else part_of(inputs, piece, batch)
+        self.valid = valid if piece is None or valid is None else valid[piece]
+        self.values = values if piece is None else {site: value[piece] for site, value in values.items()}
+        self.size = batch if piece is None else piece.stop - piece.start
+        self.prefix = None if parts is None else Prefix(model, self.inputs, parts, self.size)
+        # Runs of one key can share a session, whose opening goes over all modules.
+        own = piece is not None and (self.valid is not None or self.values)
+        self.key = (self.size, piece.start if piece is not None and own else -1)
+
+
+def _edited(
+    model: nn.Module,
+    runs: Sequence[_Run],
+    groups: Sequence[Sequence[Edit | Site]],
+    start: int,
+    gathered: Gathered,
+    anatomy: Anatomy | None,
+    backend: Backend,
+) -> None:
+    """The logits of a copy of each run's samples for each group of edits, computed from block `start` on."""
+    first, copies, n = runs[0], len(groups), runs[0].size
+    actions = [
+        (
+            Edit(e, "set", value=first.values[e]) if isinstance(e, Site) else e,
+            slice(i * first.size, (i + 1) * first.size),
+        )
+        for i, group in enumerate(groups)
+        for e in group
+    ]
+    valid = None if first.valid is None else stack(first.valid, copies, n)
+    for run_ in runs:
+        if run_.prefix is not None:
+            run_.prefix.advance(start)
+    with Session(model, actions, parts=anatomy, inputs=first.inputs, valid=valid, backend=backend):
+        for run_ in runs:
+            with run_.prefix.running(copies) if run_.prefix is not None else nullcontext():
+                logits = find_logits(run(model, stack(run_.inputs, copies, n)))[0]
+            gathered.add(logits, run_.piece, run_.batch)
 
 
 def stack(inputs: Any, copies: int, batch: int) -> Any:
     """The inputs with every tensor of `batch` samples repeated `copies` times along them."""
     if isinstance(inputs, Mapping):
-        return {name: x if name in _SHARED else stack(x, copies, batch) for name, x in inputs.items()}
+        return {name: x if name in SHARED else stack(x, copies, batch) for name, x in inputs.items()}
     if isinstance(inputs, (tuple, list)):
         return tuple(stack(x, copies, batch) for x in inputs)
     if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) == batch:
@@ -133,6 +189,10 @@ def stack(inputs: Any, copies: int, batch: int) -> Any:
     if hasattr(inputs, "get_seq_length"):
         raise ValueError("inputs hold a key-value cache, which the copies would share: scan needs inputs without one")
     return inputs
+
+
+def _site(change: Edit | Site) -> Site:
+    return change if isinstance(change, Site) else change.site
 
 
 def _named(clean: Any, corrupt: Any) -> list[tuple[str, Any]]:
@@ -143,18 +203,24 @@ def score(
     model: nn.Module,
     inputs: Any,
     metric: Callable[[Tensor], Tensor],
+    split: Sequence[slice] | None = None,
     *,
     anatomy: Anatomy | None = None,
     valid: Bool[Tensor, "batch length"] | None = None,
     backend: Backend = "fused",
 ) -> Float[Tensor, "batch"]:
-    """The metric of a plain run.
+    """The metric of a plain run, of `split` samples at a time.
 
     Raises:
         ValueError: the metric does not give one number a sample.
     """
+    gathered = Gathered(1)
     with Session(model, parts=anatomy, inputs=inputs, valid=valid, backend=backend):
-        scores = metric(find_logits(run(model, inputs))[0])
+        for piece in [None] if split is None else split:
+            batch = 0 if split is None else split[-1].stop
+            some = inputs if piece is None else part_of(inputs, piece, batch)
+            gathered.add(find_logits(run(model, some))[0], piece, batch)
+    scores = metric(gathered.logits[0])
     if not isinstance(scores, Tensor) or scores.ndim != 1:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"metric must give one number a sample, shape [batch]; it gave {got}")
