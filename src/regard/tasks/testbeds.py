@@ -36,6 +36,7 @@ _NAMES = (
     "recital",
     "vit",
     "video",
+    "vlm",
 )
 TESTBEDS = {name: DATA / name for name in _NAMES}
 #: Folder of the shipped decoder.
@@ -262,7 +263,8 @@ def _symbolic(name: str, size: str, seed: int, steps: int | None, start: str | P
     told: dict[str, Any] = {}
     if bed.start is not None:
         model, told["start"] = _started(PREFIX + bed.start if start is None else start)
-        given, made = model.config.to_dict(), bed.build(seed).config.to_dict()
+        plain: Any = bed.build(seed)
+        given, made = model.config.to_dict(), plain.config.to_dict()
         if any(given.get(k) != made[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")):
             raise ValueError(f"start must be a {bed.start} testbed, {str(start)!r} is of another shape")
     recipe = bed.recipe if size == "full" else replace(bed.recipe, steps=20, warmup=4, decay=8)
@@ -323,6 +325,31 @@ def _vit(size: str, seed: int, steps: int | None) -> Run:
     )
 
 
+def _vlm(size: str, seed: int, steps: int | None, start: str | Path | None = None) -> Run:
+    from regard.tasks import vlm
+    from regard.tasks.scene_text import VOCABULARY
+
+    shape = vlm.SIZES[size]
+    if steps is not None:
+        shape = replace(shape, recipe=vlm.shortened(shape.recipe, steps))
+    model: Any = vlm.build(shape, seed)
+    told: dict[str, Any] = {"size": asdict(shape)}
+    if size == "long":
+        built, (model, told["start"]) = type(model), _started(start)
+        if not isinstance(model, built):
+            raise ValueError(f"start must be a vlm testbed, {str(start)!r} is a {type(model).__name__}")
+    return Run(
+        model=model,
+        batches=vlm.Mixture(shape, seed),
+        recipe=shape.recipe,
+        evaluate=lambda model: vlm.gates(model, 64)["values"],
+        gates=lambda model: vlm.gates(model, 16 if size == "smoke" else 400),
+        tokenizer=VOCABULARY.tokenizer(shape.shape.positions),
+        told=told,
+        loss=vlm.lesson_loss,
+    )
+
+
 def _started(start: str | Path | None) -> tuple[Any, dict[str, Any]]:
     """The model that a second training goes on from, and what training.json tells of it."""
     if start is None:
@@ -371,11 +398,13 @@ _MADE: dict[str, Callable[[str, int, int | None], Run]] = {
     "recital": _recital,
     "vit": _vit,
     "video": _video,
+    "vlm": _vlm,
 }
 #: Those with a second training, size "long".
 _SECOND: dict[str, Callable[[str | Path | None, int, int | None], Run]] = {
     "decoder": _stretched,
     "video": lambda start, seed, steps: _video("long", seed, steps, start),
+    "vlm": lambda start, seed, steps: _vlm("long", seed, steps, start),
 }
 
 
