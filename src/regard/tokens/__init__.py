@@ -1,0 +1,1 @@
+"""Dropping, merging and repeating tokens."""
