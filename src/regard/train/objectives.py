@@ -247,7 +247,9 @@ def span_mass(
     return -(mass * shares.masked_fill(~there, 0)).sum() / mass.sum().clamp(min=1e-9)
 
 
-def group_advantage(rewards: Float[Tensor, "prompts group"], least: float | int = 1e-6) -> Float[Tensor, "prompts group"]:
+def group_advantage(
+    rewards: Float[Tensor, "prompts group"], least: float | int = 1e-6
+) -> Float[Tensor, "prompts group"]:
     """``(r - mean) / std`` within the answers to one prompt (arXiv 2402.03300); 0 where all are alike.
 
     Args:
