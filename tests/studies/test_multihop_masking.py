@@ -88,5 +88,5 @@ def test_area_under_the_curve():
     rng = np.random.default_rng(0)
     scores, positive = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
-    assert study.auc(scores, positive) == pytest.approx(np.mean(pairs))
-    assert np.isnan(study.auc(scores, np.ones(40, bool)))
+    assert study.evidence.auc(scores, positive) == pytest.approx(np.mean(pairs))
+    assert np.isnan(study.evidence.auc(scores, np.ones(40, bool)))

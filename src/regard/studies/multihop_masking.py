@@ -276,7 +276,7 @@ def _peaks(task: Any, models: list[Any], questions: int, device: str, seed: int)
     peak, hit = np.stack(peaks), np.stack(right)
     # One order a question: the orders of a question are no independent tests.
     one = np.stack([np.stack([p[:, 0], h[:, 0]], 1) for p, h in zip(peak, hit, strict=True)])
-    aucs = [auc(pairs[:, 0], pairs[:, 1] > 0) for pairs in one]
+    aucs = [evidence.auc(pairs[:, 0], pairs[:, 1] > 0) for pairs in one]
     if any(np.isnan(aucs)):
         first = Finding("peak", "not measured", reason="all answers are right, or all are wrong")
     else:
@@ -308,12 +308,6 @@ def _peaks(task: Any, models: list[Any], questions: int, device: str, seed: int)
     return [first, second]
 
 
-def auc(scores: Any, positive: Any) -> float:
-    """Probability that a positive scores above a negative, ties counting half; NaN without either."""
-    n, m = int(positive.sum()), int((~positive).sum())
-    return float((evidence.ranks(scores)[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
-
-
 def _mean_auc(items: Any) -> float:
     """Mean over models of the area; items [question, model, (peak, right)]."""
-    return float(np.mean([auc(items[:, m, 0], items[:, m, 1] > 0) for m in range(items.shape[1])]))
+    return float(np.mean([evidence.auc(items[:, m, 0], items[:, m, 1] > 0) for m in range(items.shape[1])]))

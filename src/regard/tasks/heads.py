@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from regard.tasks.retoken import batches
 from regard.tasks.testbeds import Loaded
 from regard.watch.anatomy import anatomy_for
 from regard.watch.effects import loss
+from regard.watch.heads import mask_heads
+from regard.watch.scan import scan
 
-__all__ = ["TASKS", "overlap", "scan_heads"]
+__all__ = ["TASKS", "overlap", "remove_heads", "scan_heads"]
 
 Draw = Callable[[Loaded, int, int, torch.Generator], list[Batch]]
 
@@ -84,6 +86,49 @@ def scan_heads(
     whole = xr.concat(found, "sample")
     whole.attrs = {"task": task, "kind": kind, "length": length, "seed": seed, "units": "nat"}
     return whole.rename("loss increase")
+
+
+def remove_heads(
+    loaded: Loaded,
+    task: str,
+    sets: Sequence[Sequence[tuple[int, int]]],
+    *,
+    kind: str = "zero",
+    prompts: int = 64,
+    length: int = 256,
+    seed: int = 0,
+    chunk: int = 1,
+) -> xr.DataArray:
+    """What the answers of a task cost more without the heads of a set, all at once: [set, sample], in nats.
+
+    Args:
+        loaded, task, kind, prompts, length, seed: as in `scan_heads`.
+        sets: (layer, head) pairs, for instance the heads of a role and as many random ones.
+        chunk: sets that share a forward pass.
+
+    Returns:
+        The increases, with the whole model's loss as coordinate `plain` [sample].
+
+    Raises:
+        ValueError: no set, an empty one, or an unknown task or kind.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if not sets or not all(sets):
+        raise ValueError(f"sets must hold at least one head each, got {sets!r}")
+    drawn = TASKS[task](loaded, prompts, length, torch.Generator().manual_seed(seed))
+    device = next(loaded.model.parameters()).device
+    parts = anatomy_for(loaded.model, None)
+    edits = [mask_heads(heads, kind, seed=seed) for heads in sets]
+    found, plain = [], []
+    for batch in drawn:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device), "use_cache": False}
+        done = scan(loaded.model, inputs, None, edits, loss(batch.labels), chunk, anatomy=parts)
+        found.append((done.values - done.clean).double().cpu())
+        plain.append(done.clean.double().cpu())
+    values = xr.DataArray(torch.cat(found, 1).numpy(), dims=("set", "sample"), name="loss increase")
+    values.attrs = {"task": task, "kind": kind, "length": length, "seed": seed, "units": "nat"}
+    return values.assign_coords(plain=("sample", torch.cat(plain).numpy()))
 
 
 def overlap(
