@@ -124,6 +124,11 @@ def test_lime_finds_the_weights_of_a_linear_metric(x):
     close(found[1], want[1])
     assert (found[0, :3] == 0).all()
     close(found[0, 3:], want[0, 3:])
+    words = torch.ones_like(x, dtype=torch.bool)
+    words[:, -1] = False
+    some = attribution.lime(model, inputs(x, pads), value, samples=200, penalty=1e-9, words=words, anatomy=parts)
+    assert (some[:, -1] == 0).all()
+    close(some[1, :-1], want[1, :-1])
 
 
 def matrices(model, x, pads=(0, 0)):

@@ -138,6 +138,7 @@ def lime(
     fill: Float[Tensor, "dim"] | None = None,
     width: float = 0.25,
     penalty: float = 1e-3,
+    words: Bool[Tensor, "batch length"] | None = None,
     seed: int = 0,
     chunk: int = 16,
     anatomy: Anatomy | None = None,
@@ -151,6 +152,8 @@ def lime(
         samples: masks drawn; seed: of them.
         fill: the embedding of a token left out; None: zero.
         width, penalty: of the kernel, and of the ridge.
+        words: tokens that may be left out, the others score 0; None: all but padding. Leave special tokens in, if the
+            model reads its answer there.
     """
     x = trace(model, inputs, EMBED, anatomy=anatomy)[EMBED]
     away = torch.zeros_like(x[0, 0]) if fill is None else fill
@@ -158,7 +161,9 @@ def lime(
     generator = torch.Generator().manual_seed(seed)
     keep = (torch.rand(samples, batch, length, generator=generator) < 0.5).to(x.device)
     valid = valid_tokens(inputs, batch, length)
-    keep = keep if valid is None else keep & valid
+    if words is not None:
+        valid = words.to(x.device) if valid is None else valid & words.to(x.device)
+    keep = keep if valid is None else keep | ~valid
     values = _masked(model, inputs, metric, x, away, keep, chunk, anatomy).double()
     out = torch.zeros(batch, length, dtype=torch.float64, device=x.device)
     for b in range(batch):
