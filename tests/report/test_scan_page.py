@@ -41,7 +41,7 @@ def test_every_head_has_its_square_and_figure(page, opened):
     assert cells.count() == 10
     assert o.page.locator(".heat").first.locator(".nothing").count() == 2
     assert cells.first.inner_text() == "+4"
-    assert o.page.locator('.cell[data-scan="0"].helps').all_inner_texts() == ["−0.5", "−1.0e-5"]
+    assert o.page.locator('.cell[data-scan="0"].helps').all_inner_texts() == ["−0.5", "−1e-5"]
     shades = o.page.eval_on_selector_all(
         '.cell[data-scan="0"] .square', "all => all.map(e => getComputedStyle(e).backgroundColor)"
     )

@@ -8,6 +8,8 @@ const first = scans[0].heads[0]?.key;
 let shown = first;
 
 const signed = (x) => (x > 0 ? `+${num(x)}` : num(x).replace("-", "−"));
+/** As much of a figure as fits under a square. */
+const brief = (x) => (x !== 0 && Math.abs(x) < 1e-3 ? `${x < 0 ? "−" : "+"}${Math.abs(x).toExponential(0)}` : signed(Number(x.toPrecision(2))));
 const interval = (h) => `${signed(h.low)} to ${signed(h.high)}`;
 const where = (key) => { const [layer, head] = key.split("."); return `Layer ${layer}, head ${head}`; };
 
@@ -19,7 +21,7 @@ function cell(scan, index, layer, head) {
   const level = scan.most > 0 ? Math.sqrt(Math.abs(h.increase) / scan.most) : 0;
   return el("button", { type: "button", class: `cell${h.increase < 0 ? " helps" : ""}${shared.has(key) ? " shared" : ""}`, "data-key": key, "data-scan": index, "aria-pressed": String(key === shown), tabindex: key === first ? 0 : -1,
     "aria-label": `${where(key)}: loss ${signed(h.increase)} nat without it${shared.has(key) ? ", in both circuits" : ""}`, style: { "--v": level.toFixed(4) }, onclick: () => show(key) },
-    el("span", { class: "square" }), el("span", { class: "value", text: signed(h.increase) }));
+    el("span", { class: "square" }), el("span", { class: "value", text: brief(h.increase) }));
 }
 
 function heat(scan, index) {
