@@ -203,9 +203,16 @@ def test_scan_and_circuits(run, tmp_path):
     increases = [h["increase"] for h in record["heads"]]
     assert increases == sorted(increases, reverse=True)
     assert len(increases) == 48
-    code, out, _ = run("circuits", "testbed:decoder", "repeated", "repeated", "--prompts", "1", "--length", "40")
+    page = tmp_path / "circuits.html"
+    how = ("--prompts", "2", "--length", "40", "--page", page)
+    code, out, _ = run("circuits", "testbed:decoder", "repeated", "repeated", *how)
     assert code == 0
     assert "share 100% of their heads" in out
+    assert out.strip().endswith(str(page))
+    assert "repeated and repeated share 100%" in page.read_text(encoding="utf-8")
+    code, out, _ = run("scan", "testbed:decoder", "--task", "repeated", *how)
+    assert code == 0
+    assert "Heads of testbed:decoder that repeated needs" in page.read_text(encoding="utf-8")
     code, _, err = run("scan", "testbed:decoder", "--kind", "remove")
     assert code == 2
     assert "uniform" in err

@@ -18,6 +18,8 @@ def small(monkeypatch):
     monkeypatch.setattr(secondary_sinks, "LENGTH", 96)
     monkeypatch.setitem(preplan_anchor.SAMPLES, "smoke", 2)
     monkeypatch.setattr(preplan_anchor, "RESPONSE", 60)
+    for name, value in (("SHOWN", 2), ("STEPS", 1), ("QUESTIONS", 4)):
+        monkeypatch.setitem(getattr(preplan_anchor, name), "smoke", value)
 
 
 INSTRUMENT = {"retrieval-heads": "score", "secondary-sinks": "cosine", "preplan-anchor": "waad"}
