@@ -188,7 +188,6 @@ def _tuned(name: str, device: str, seed: int) -> Finding:
     import torch
 
     from regard.studies.testbed import below_gate
-    from regard.tasks.moving_digits import MovingDigits
     from regard.tasks.testbeds import load
     from regard.tasks.video import SHAPE, SIZES, Noised, noised
     from regard.train.simple import fit
@@ -198,7 +197,7 @@ def _tuned(name: str, device: str, seed: int) -> Finding:
         return Finding("tuned", "not measured", reason=reason)
 
     def drawn(n: int, split: Any, generator: Any) -> Any:
-        batch = noised(MovingDigits(SHAPE, split=split).batch(n, generator), SIZES["full"], generator)
+        batch = noised(SIZES["long"].task(SHAPE, 3, split).batch(n, generator), SIZES["long"], generator)
         return Noised(*(t.to(device) for t in batch))
 
     held_out = drawn(HELD_OUT, "test", torch.Generator().manual_seed(10**6 + seed))
