@@ -8,7 +8,7 @@ import torch
 
 from regard.tasks.arith import Arith3
 from regard.tasks.lexicon import GRAMMAR, KINDS, Lexicon
-from regard.tasks.lists import LONGEST, NAMES, ColouredObjects, IndirectObject
+from regard.tasks.lists import LONGEST, NAMES, ColouredObjects, EveryColour, IndirectObject
 from regard.tasks.maps import ContextMaps
 from regard.tasks.numbers import TASKS, NumberTasks
 from regard.tasks.role_documents import RoleDocuments
@@ -48,6 +48,18 @@ def test_the_answer_follows_from_the_prompt(task):
         assert one.labels[0, -1] == one.input_ids[0, -1]
     assert torch.equal(batch.input_ids, task.batch(40, generator()).input_ids)
     assert not torch.equal(batch.input_ids[:, 1:], task.batch(40, generator(1)).input_ids[:, 1:])
+
+
+@pytest.mark.parametrize("task", [EveryColour(), EveryColour((2, 5), sign=False), EveryColour(8)], ids=repr)
+def test_every_listed_object_is_asked_for_once(task):
+    words = task.vocabulary
+    for one in task.batch(20, generator()):
+        ids, asked = one.input_ids[0], (one.labels[0] >= 0).nonzero()[:, 0]
+        assert all(task.solve(ids[:p]) == int(ids[p]) for p in asked)
+        listed = ids[1 : int((ids == words["?"]).nonzero())]
+        assert sorted(ids[asked].tolist()) == sorted(listed[::3].tolist())
+        assert ids[asked].tolist() != listed[::3].tolist() or len(asked) < 4
+        assert ids[-1] == ids[asked[-1]]
 
 
 def test_a_vocabulary_and_its_tokenizer_agree():

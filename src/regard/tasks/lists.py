@@ -12,7 +12,7 @@ from torch import Tensor
 from regard.tasks.batch import IGNORED, Batch
 from regard.tasks.words import Vocabulary
 
-__all__ = ["ColouredObjects", "IndirectObject", "vocabulary"]
+__all__ = ["ColouredObjects", "EveryColour", "IndirectObject", "vocabulary"]
 
 NAMES, COLOURS, OBJECTS, PLACES = 24, 24, 24, 8
 #: Longest sequence: a list of 20 objects, with what stands around it.
@@ -160,6 +160,52 @@ class ColouredObjects:
     def corrupted(self, batch: Batch) -> Batch:
         """The same lists, with the question about another listed object."""
         return _exchanged(batch, "query", "other_object", None, answer="other")
+
+
+@dataclass(frozen=True)
+class EveryColour:
+    """``c1 o1 , c2 o2 , ... ? o_a : c_a , o_b : c_b ...``, every listed object asked for once, in any order.
+
+    A lesson before `ColouredObjects`: many questions a list. Without the ``sign`` the list is followed by
+    ``o_a c_a o_b c_b ...``, so that the colour has to be found from the object itself.
+
+    Args:
+        items: as in `ColouredObjects`.
+        sign: whether ``:`` stands between object and colour, and a comma after it.
+    """
+
+    items: int | tuple[int, int] = (4, 8)
+    sign: bool = True
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Shared with `ColouredObjects`."""
+        return vocabulary()
+
+    def batch(self, n: int, generator: torch.Generator) -> Batch:
+        """n sequences drawn with the generator; labels ask for every colour after the question mark."""
+        words, (low, high) = self.vocabulary, (self.items, self.items) if isinstance(self.items, int) else self.items
+        count = int(torch.randint(low, high + 1, (), generator=generator))
+        c = words["colour0"] + _several(n, COLOURS, count, generator)
+        o = words["object0"] + _several(n, OBJECTS, count, generator)
+        comma, colon = torch.full_like(c, words[","]), torch.full_like(c, words[":"])
+        listed = torch.stack([c, o, comma], dim=-1).flatten(1)[:, :-1]
+        order = _several(n, count, count, generator)
+        asked, told = o.gather(1, order), c.gather(1, order)
+        row = [asked, colon, told, comma] if self.sign else [asked, told]
+        questions = torch.stack(row, dim=-1).flatten(1)
+        questions = questions[:, :-1] if self.sign else questions
+        ids = _filled(torch.cat([listed, torch.full((n, 1), words["?"]), questions], dim=1), 0, words)
+        labels = torch.full_like(ids, IGNORED)
+        first, step = listed.shape[1] + 2 + (2 if self.sign else 1), len(row)
+        labels[:, first::step] = ids[:, first::step]
+        return Batch(ids, labels)
+
+    def solve(self, prompt: Int[Tensor, "length"]) -> int:
+        """The colour before the first mention of the object asked for last."""
+        ids = prompt.tolist()
+        asked = ids[-2] if self.sign else ids[-1]
+        return ids[ids.index(asked) - 1]
 
 
 def _lead(lead: int | None, length: int, generator: torch.Generator) -> int:

@@ -17,9 +17,10 @@ from regard.tasks.batch import Batch
 from regard.tasks.conflict import Conflict
 from regard.tasks.decoder import Weighted, exact_match
 from regard.tasks.lexicon import Lexicon
-from regard.tasks.lists import LONGEST, ColouredObjects, IndirectObject
+from regard.tasks.lists import LONGEST, ColouredObjects, EveryColour, IndirectObject, vocabulary
 from regard.tasks.maps import ContextMaps
 from regard.tasks.numbers import NumberTasks
+from regard.tasks.repeated import RepeatedTokens
 from regard.tasks.role_documents import RoleDocuments
 from regard.tasks.words import Vocabulary
 from regard.train.trainer import Recipe
@@ -165,7 +166,15 @@ def _recipe(steps: int, lr: float = 3e-3, muon: bool = True) -> Recipe:
 
 
 SYMBOLIC = {
+    # Coloured objects alone stay at chance for 1,600 steps. Tokens that repeat teach what stood before what; then every
+    # object is asked for, first without the sign between, so that one circuit is learned after the other.
     "lists": Symbolic(
+        lessons=(
+            (200, (RepeatedTokens(32, range(2, len(vocabulary())), Vocabulary.BOS, (5, 12)),)),
+            (320, (EveryColour(sign=False),)),
+            (620, (EveryColour(sign=False), EveryColour())),
+            (850, (EveryColour((3, 6)), ColouredObjects(3), IndirectObject())),
+        ),
         tasks=(IndirectObject(lead=None), ColouredObjects((3, 8), lead=None), ColouredObjects(3, lead=None)),
         rows=64,
         layers=6,
@@ -173,7 +182,7 @@ SYMBOLIC = {
         heads=8,
         positions=LONGEST,
         learned=True,
-        recipe=_recipe(4000),
+        recipe=_recipe(1400),
         measure=_exact({"indirect_object": IndirectObject(), "coloured_objects_3": ColouredObjects(3)}),
         least={"indirect_object": 0.95, "coloured_objects_3": 0.95},
     ),
