@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regard.kernels.fused import column_mass
+from regard.studies.text_dominance import by_averaging
 from regard.tokens.class_token import class_weights, keep_visual, rank_tokens
 
 
@@ -69,14 +70,20 @@ def test_ways_are_checked():
         rank_tokens(torch.rand(1, 3), 1, "best")
 
 
-def test_at_fixed_queries_and_keys_repeated_tokens_leave_mdi_as_it_is():
+def test_at_fixed_queries_and_keys_repeated_tokens_leave_the_mdi_of_a_head_as_it_is():
     generator = torch.Generator().manual_seed(0)
     text, image = (torch.randn(1, 2, n, 8, generator=generator) for n in (3, 4))
     q = torch.randn(1, 2, 1, 8, generator=generator)
-    found = []
+    found, masses = [], []
     for times in (1, 5):
         k = torch.cat([text, image.repeat_interleave(times, dim=2)], dim=2)
-        mass = column_mass(q, k, torch.ones(1, 1, 1), is_causal=False, scale=0.35, q_start=0)[:, :, 0].sum((0, 1))
-        found.append(float(mass[:3].mean() / mass[3:].mean()))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    assert abs(found[0] - 1) > 1e-3
+        mass = column_mass(q, k, torch.ones(1, 1, 1), is_causal=False, scale=0.35, q_start=0)[0, :, 0]
+        found.append(mass[:, :3].mean(1) / mass[:, 3:].mean(1))
+        masses.append(torch.stack([mass[:, :1].sum(1), mass[:, :3].sum(1), mass[:, 1:3].sum(1), mass[:, 3:].sum(1)], 1))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+    assert (found[0] - 1).abs().min() > 1e-3
+    # Heads are averaged before dividing, so of several heads it does change; by how much follows from the plain masses.
+    mdi = [m[:, 2].sum() / 2 / (m[:, 3].sum() / n) for m, n in zip(masses, (4, 20), strict=True)]
+    assert float(mdi[1] / mdi[0]) == pytest.approx(by_averaging(masses[0].numpy(), 5), rel=1e-5)
+    assert by_averaging(masses[0][:1].numpy(), 5) == pytest.approx(1, rel=1e-6)
+    assert abs(float(mdi[1] / mdi[0]) - 1) > 0.01
