@@ -6,6 +6,8 @@ distribution the token was drawn from (our reading; the details have that of the
 
 The last two claims train decoders of two layers on Countdown with three numbers, here: shown answers first, then by
 GRPO with the paper's three credit strategies, uniform and random credit, all from the same start, with equal samples.
+Their rate was chosen by looking at uniform credit, seed 0, 80 steps: held-out accuracy went from 25.0 to 27.0 at 3e-5
+and to 27.9 at 1e-4; 200 steps at 3e-4 had ended at 19.3, below the start, as every other arm had.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ CHUNK = 16
 MOST = {"smoke": 6, "full": 20}
 SHOWN = {"smoke": 150, "full": 300}
 STEPS = {"smoke": 20, "full": 200}
-PROMPTS, GROUP = 8, 8
+PROMPTS, GROUP, RATE = 8, 8, 1e-4
 LEAST = 0.05
 """Accuracy of the warm start below which groups hold too few right answers to learn from."""
 SEEDS = {"smoke": 2, "full": 5}
@@ -304,7 +306,7 @@ def countdown_arms(size: str, device: str, seed: int) -> dict[str, list[bool]]:
         return nll(batch.labels)(module(batch.input_ids.to(device))).mean()
 
     fit(start, loss, lambda g: task.batch(128, g), SHOWN[size], 3e-3, seed, decay=SHOWN[size] // 4)
-    policy = Policy(STEPS[size], PROMPTS, GROUP)
+    policy = Policy(STEPS[size], PROMPTS, GROUP, RATE)
     found = {"warm start": _answered(start, task, QUESTIONS[size], seed)}
 
     def questions(n: int, generator: Any) -> Any:
