@@ -15,6 +15,7 @@ from regard.layers.refuse import need_heads, refuse
 from regard.patterns import Causal, Pattern, Route, Routed, Summary, Window, candidates, topk
 from regard.patterns.decided import both
 from regard.patterns.pattern import resolve_q_start
+from regard.patterns.select import pieces
 
 __all__ = ["KMeansRoute", "Members", "RoutingAttention"]
 
@@ -166,7 +167,9 @@ class KMeansRoute(nn.Module, Route):
 
     def assign(self, x: Float[Tensor, "batch heads length head_dim"]) -> Int[Tensor, "batch heads length"]:
         """The centroid at the least distance of each normalised token; ties to the lower number."""
-        return self._near(x, by_token=True).argmax(3)
+        per_row = x.shape[0] * x.shape[1] * self.centroids.shape[1]
+        parts = [self._near(x[:, :, rows], by_token=True).argmax(3) for rows in pieces(x.shape[2], per_row)]
+        return torch.cat(parts, 2) if parts else x.new_zeros(x.shape[:3], dtype=torch.long)
 
     @torch.no_grad()
     def update(
@@ -213,7 +216,7 @@ class KMeansRoute(nn.Module, Route):
 
     def _near(self, x: Tensor, by_token: bool = False) -> Tensor:
         """``|x|^2 - |x - mu|^2``, highest where nearest: [batch, heads, centroids, length], or the other way round."""
-        batch, heads, length, _ = x.shape
+        batch, heads = x.shape[:2]
         mu = self.centroids.to(x.dtype).repeat(batch, 1, 1)
         size, x = mu.square().sum(-1, keepdim=True), x.flatten(0, 1)
         found = (

@@ -207,7 +207,7 @@ class LandmarkRoute(Route):
         """``q . landmark / sqrt(head_dim)`` at the places of scoring; what is no candidate may have any value."""
         landmark, P = landmark.repeat_interleave(q.shape[1] // landmark.shape[1], 1), self.every + 1
         if self.turn is None:
-            return q.shape[3] ** -0.5 * (q @ landmark.mT)
+            return (q * q.shape[3] ** -0.5) @ landmark.mT
         # Only differences of places count: landmarks stay at the end of block 0, and queries move.
         ends = torch.full((landmark.shape[2],), P - 1, device=q.device)
         landmark = self.turn(landmark, ends)
