@@ -26,8 +26,8 @@ from regard.train.trainer import Recipe
 
 __all__ = ["SIZES", "Mixture", "Seer", "Size", "build", "gates", "lesson_loss", "seer", "shortened"]
 
-#: What the figures of `gates` must reach, and must not exceed. The shipped model misses ``yes_no``: after the first
-#: training it answered by the background, after the second, on balanced questions, it reached 0.815.
+#: What the figures of `gates` must reach, and must not exceed. After the first training the model answers by the
+#: background, so that ``yes_no`` takes size "long", on balanced questions, twice: 0.88 and, 450 steps more, 0.905.
 LEAST = {"yes_no": 0.9, "caption_f1": 0.8, "chair_i": 0.05, "partner": 0.4, "yes_no_mass": 0.95}
 MOST = {"chair_i": 0.45, "blind": 0.6}
 #: Seed of the scenes that gates are measured on; training draws other ones.
@@ -69,7 +69,7 @@ SIZES = {
         Scenes(together=0.9, hidden=0.2),
         pictures=32,
         blind=12,
-        recipe=Recipe(steps=200, lr=2e-3, warmup=10, decay=120),
+        recipe=Recipe(steps=700, lr=2e-3, warmup=10, decay=120),
         balanced=True,
     ),
     "smoke": Size(
