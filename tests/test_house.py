@@ -162,6 +162,14 @@ def test_every_dependency_is_justified_and_pinned():
         assert pinned, f"constraints.txt does not pin {name}"
 
 
+def test_the_page_of_studies_lists_every_study():
+    from regard.studies import protocol
+
+    told = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "studies.md").read_text(), re.MULTILINE)
+    assert sorted(told) == protocol.names()
+
+
+
 def test_the_command_page_lists_every_command():
     from regard.cli import app
 
