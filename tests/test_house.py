@@ -169,7 +169,6 @@ def test_the_page_of_studies_lists_every_study():
     assert sorted(told) == protocol.names()
 
 
-
 def test_the_command_page_lists_every_command():
     from regard.cli import app
 
