@@ -18,7 +18,7 @@ help:
 	@echo "make test    the whole suite, the browser test included"
 	@echo "make lint    style, types, import floors"
 	@echo "make docs    the documentation site, in site/; a broken link fails"
-	@echo "make bench   the tables of docs/performance.md"
+	@echo "make bench   the tables of docs/performance.md; it takes hours"
 	@echo "make wheel   the package, in dist/"
 	@echo "make clean   remove .venv and everything built"
 
@@ -39,8 +39,9 @@ docs: $(VENV)/stamp-docs
 	$(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/stamp-run
-	$(BIN)/python benchmarks/watch.py
-	$(BIN)/python benchmarks/patterns.py
+	@for name in watch report patterns plan routes scan attribution roles; do \
+		echo "benchmarks/$$name.py" && $(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
 
 wheel: $(VENV)/stamp-run
 	@rm -rf dist

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from regard.layers.position import Rope
 from regard.layers.superlinear import SuperlinearAttention
-from regard.patterns import Causal, Window
+from regard.patterns import Causal, Window, select
 from regard.patterns.superlinear import Superlinear
 from regard.train.objectives import span_mass
 from tests.oracles import superlinear as oracle
@@ -95,6 +95,21 @@ def test_summaries_are_appended_to_and_what_lies_within_uses_up_no_choice():
     rows = torch.arange(50)[:, None].expand_as(near.start[0, 0])
     some = (near.start < near.stop)[0, 0]
     assert ((rows - anchors[0, 0])[some] <= 30).all()
+
+
+def test_queries_looked_at_in_pieces_choose_the_same(monkeypatch):
+    route, k = Superlinear(within=Causal()), drawn(2, 1, 57, 4, seed=1)
+    found = {}
+    for held, graph in ((select._CACHED, False), (1, False), (200, False), (1, True)):
+        monkeypatch.setattr(select, "_CACHED", held)
+        found[held, graph] = route(drawn(2, 2, 57, 4).requires_grad_(graph), k)
+    whole, *others = found.values()
+    for routed in others:
+        assert torch.equal(routed.start, whole.start)
+        assert torch.equal(routed.stop, whole.stop)
+        torch.testing.assert_close(routed.score.detach(), whole.score)
+    assert others[-1].score.requires_grad
+    assert not torch.equal(whole.start, route(drawn(2, 2, 57, 4, seed=2), k).start)
 
 
 def test_search_learns_through_the_gate_alone_and_not_at_all_from_one_span():

@@ -55,6 +55,18 @@ def test_the_whole_study_on_prompts_of_any_kind(model, folder, monkeypatch):
     assert len(found["shared"].details["circuits"][0][0]) == 2  # of 12
     assert len(found["repair"].details["heads"]) == 4
     assert found["repair"].state == "does not hold"
+    assert found["direct"].state == "holds"
+
+
+def test_a_wrong_direct_effect_is_seen(model):
+    task, generator = IndirectObject(), torch.Generator().manual_seed(0)
+    clean = task.batch(4, generator)
+    pair = clean, task.corrupted(clean)
+    right = study.direct_effects(model, *pair)
+    assert study._direct(model, [pair], [right]).state == "holds"
+    wrong = right.copy()
+    wrong[-1, 0, 0] += 1e-3
+    assert study._direct(model, [pair], [wrong]).state == "does not hold"
 
 
 def effect(values):

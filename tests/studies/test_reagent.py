@@ -41,6 +41,9 @@ def test_both_sizes_on_prompts_of_any_kind(folder, small, monkeypatch):
     smoke = {f.claim: f for f in study.run(model=str(folder))}
     assert smoke["faithful"].state == "not measured"
     assert set(smoke["planted"].details["auroc"]) == {"reagent", "attention"}
+    assert smoke["step"].state == "holds"
+    monkeypatch.setattr(study, "one_step", lambda *_: torch.zeros(()))
+    assert {f.claim: f.state for f in study.run(model=str(folder))}["step"] == "does not hold"
     full = {f.claim: f for f in study.run("full", model=str(folder))}
     assert set(full["planted"].details["auroc"]) == {"reagent", *study.OTHERS}
     assert len(full["faithful"].details["differences"]) == 2 * 7

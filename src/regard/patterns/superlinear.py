@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regard.patterns.decided import Routed, both
 from regard.patterns.pattern import Pattern, resolve_q_start
 from regard.patterns.routed import Route, Summary
-from regard.patterns.select import best, checked, to_index
+from regard.patterns.select import best, checked, pieces, to_index
 from regard.patterns.static import Window, need_int
 
 __all__ = ["Superlinear"]
@@ -103,13 +104,15 @@ class Superlinear(Route):
         """``q . K[a_i] / sqrt(d)`` of every anchor, -inf where a query has none; differentiable."""
         group, (batch, heads, q_len, dim) = q.shape[1] // key.shape[1], q.shape
         grouped = q.unflatten(1, (key.shape[1], group)) * dim**-0.5
+        graph = torch.is_grad_enabled() and (q.requires_grad or key.requires_grad)
+        held = None if graph else torch.empty_like(grouped)  # one product's memory serves all anchors
         found = []
         for step in steps.tolist():
             skip = min(max(step - 1 - q_start, 0), q_len)  # queries before the first that has this anchor
             first = q_start + skip - step + 1
             at = key[:, :, None, first : first + q_len - skip]
-            dots = (grouped[:, :, :, skip:] * at).sum(-1).flatten(1, 2)
-            found.append(torch.nn.functional.pad(dots, (skip, 0), value=-torch.inf))
+            product = torch.mul(grouped[:, :, :, skip:], at, out=None if held is None else held[:, :, :, skip:])
+            found.append(pad(product.sum(-1).flatten(1, 2), (skip, 0), value=-torch.inf))
         return torch.stack(found, -1) if found else q.new_zeros(batch, heads, q_len, 0)
 
     def select(
@@ -127,9 +130,42 @@ class Superlinear(Route):
         within = both(self.within, within)
         q_len, kv_len = q.shape[2], summary.length
         start = resolve_q_start(q_len, kv_len, q_start)
-        at = torch.arange(start, start + q_len, device=q.device)
-        steps = self.steps(start + q_len)
-        scores = self.scores(q, summary["key"], start, steps)
+        parts = pieces(q_len, q.shape[0] * q.shape[1] * q.shape[3]) or [slice(0, 0)]
+        found = [self._choose(q[:, :, rows], summary["key"], start + rows.start, within) for rows in parts]
+        width = max(low.shape[-1] for low, _, _ in found)
+        low, high, score = (
+            torch.cat([pad(x, (0, width - x.shape[-1]), value=empty) for x in each], 2)
+            for each, empty in zip(zip(*found, strict=True), (0, 0, -torch.inf), strict=True)
+        )
+        return Routed.spans(
+            low,
+            high,
+            q_len=q_len,
+            kv_len=kv_len,
+            q_start=start,
+            score=score,
+            within=within,
+            keep=self.window,
+            heads=q.shape[1],
+            cost=self.cost(q_len, kv_len, q.shape[3]),
+            check=False,
+        )
+
+    def _choose(
+        self,
+        q: Float[Tensor, "batch heads q_len head_dim"],
+        key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+        q_start: int,
+        within: Pattern | None,
+    ) -> tuple[
+        Int[Tensor, "batch heads q_len width"],
+        Int[Tensor, "batch heads q_len width"],
+        Float[Tensor, "batch heads q_len width"],
+    ]:
+        """Start, stop and score of the spans of some queries; 0, 0 and -inf where a query has fewer than others."""
+        at = torch.arange(q_start, q_start + q.shape[2], device=q.device)
+        steps = self.steps(q_start + q.shape[2])
+        scores = self.scores(q, key, q_start, steps)
         low, high = self.spans(at, steps)
         may = low < high
         if within is not None:
@@ -137,24 +173,11 @@ class Superlinear(Route):
             sample = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
             anchors = at[:, None] - steps.to(at.device) + 1
             may = may & within.allows(at[:, None], anchors.clamp(min=0), head, sample)
-        chosen = checked(scores).masked_fill(~may, -torch.inf)
-        index, _ = to_index(best(chosen, self.k))
+        index, _ = to_index(best(checked(scores).masked_fill(~may, -torch.inf), self.k))
         some = index >= 0
         index = index.clamp(min=0).long()
-        low, high = (x.expand(scores.shape).gather(-1, index) for x in (low, high))
-        return Routed.spans(
-            torch.where(some, low, 0),
-            torch.where(some, high, 0),
-            q_len=q_len,
-            kv_len=kv_len,
-            q_start=start,
-            score=torch.where(some, scores.gather(-1, index), -torch.inf),
-            within=within,
-            keep=self.window,
-            heads=q.shape[1],
-            cost=self.cost(q_len, kv_len, q.shape[3]),
-            check=False,
-        )
+        low, high = (torch.where(some, x.expand(scores.shape).gather(-1, index), 0) for x in (low, high))
+        return low, high, torch.where(some, scores.gather(-1, index), -torch.inf)
 
     def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:
         """A product with the key of every anchor of every query, the queries being the last ones."""

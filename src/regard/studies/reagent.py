@@ -24,6 +24,13 @@ PAPER = "reagent"
 MODEL = "testbed:lists"
 CLAIMS = [
     Claim(
+        "step",
+        "a step adds logit((D + 1) / 2) to the scores of what it replaced and takes it from the others'",
+        kind="instrument",
+        ours="largest gap between the scores after one step and those of the formula with plain forward passes",
+        holds_if="at most 1e-6",
+    ),
+    Claim(
         "planted",
         "replacement finds the tokens that decide, and attention finds them less well",
         kind="mechanism",
@@ -52,6 +59,7 @@ CLAIMS = [
 ]
 PROMPTS = {"smoke": 10, "full": 200}
 STEPS, RUNS, CHECK, KEEP, FIRST = 300, 5, 25, 3, 1
+RATIO = 0.3
 ITEMS = 8
 MASKS, POINTS, SAMPLES = 20, 50, 512
 RELEVANT = ("query", "object", "colour")
@@ -84,7 +92,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     scores = {"reagent": replaced(loaded.model, inputs, answer, task, generator, seed)}
     for name in OTHERS if size == "full" else OTHERS[:1]:
         scores[name] = by_method(name, loaded.model, inputs, answer, seed)
-    found = [_planted(batch, scores, seed)]
+    found = [_step(loaded.model, inputs, answer, task, seed), _planted(batch, scores, seed)]
     if size == "smoke":
         reason = "in size full alone: 200 prompts, six methods, 20 masks each"
         return [*found, Finding("faithful", "not measured", reason=reason)]
@@ -97,8 +105,48 @@ def replaced(model: Any, inputs: Any, answer: Any, task: Any, generator: Any, se
     from regard.steer.reagent import bigrams, reagent
 
     sampler = bigrams(task.batch(2000, generator).input_ids[:, :-1], len(task.vocabulary))
-    how = {"k": FIRST, "keep": KEEP, "steps": STEPS, "runs": RUNS, "check": CHECK, "seed": seed}
+    how: dict[str, Any] = {
+        "k": FIRST,
+        "keep": KEEP,
+        "ratio": RATIO,
+        "steps": STEPS,
+        "runs": RUNS,
+        "check": CHECK,
+        "seed": seed,
+    }
     return reagent(model, inputs, answer, sampler, **how).cpu()
+
+
+def one_step(model: Any, inputs: Any, answer: Any, sampler: Any, seed: int) -> Any:
+    """The scores after one step of one run from the paper's formula, [prompt, token]."""
+    import torch
+
+    ids, generator = inputs["input_ids"], torch.Generator().manual_seed(seed)
+
+    def believed(tokens: Any) -> Any:
+        with torch.no_grad():
+            logits = model(**{**inputs, "input_ids": tokens}).logits[:, -1].double()
+        return logits.softmax(-1).gather(1, answer[:, None])[:, 0]
+
+    start = torch.rand(ids.shape, generator=generator).double()
+    drawn = torch.rand(ids.shape, generator=generator) < RATIO
+    other = torch.where(drawn.to(ids.device), sampler(ids, generator), ids)
+    half = (believed(ids) - believed(other) + 1).cpu() / 2
+    change = (half.log() - (1 - half).log())[:, None]
+    return (start + torch.where(drawn, change, -change)).softmax(-1)
+
+
+def _step(model: Any, inputs: Any, answer: Any, task: Any, seed: int) -> Finding:
+    import torch
+
+    from regard.steer.reagent import bigrams, reagent
+
+    ids = task.batch(200, torch.Generator().manual_seed(seed)).input_ids[:, :-1]
+    sampler = bigrams(ids, len(task.vocabulary))
+    found = reagent(model, inputs, answer, sampler, ratio=RATIO, k=FIRST, keep=KEEP, steps=1, runs=1, seed=seed).cpu()
+    worst = float((found - one_step(model, inputs, answer, sampler, seed)).abs().max())
+    reason = f"{len(found)} prompts of {found.shape[1]} tokens"
+    return Finding("step", verdict(worst <= 1e-6), worst, floor=0.0, reason=reason)
 
 
 def by_method(name: str, model: Any, inputs: Any, answer: Any, seed: int) -> Any:

@@ -65,7 +65,7 @@ RANDOM = {"smoke": 2, "full": 5}
 FACTORS = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.5, 2.0, 4.0, 8.0)
 LISTS = (9, 20)
 CANDIDATES = 12
-ROWS = 20
+ROWS = 5
 
 
 def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MODEL) -> list[Finding]:
@@ -257,7 +257,7 @@ def _lists(model: Any, matrices: Any, picked: dict[str, Any], size: str, seed: i
         own = matrices[head]
         out, v = own[0].ov.right, own[1].v[c]
         curve = [float(right(model, choose, head, out, v, alpha).mean()) for alpha in FACTORS]
-        alpha = FACTORS[int(np.argmax(curve))]
+        _, _, alpha = max((gained, -abs(a - 1), a) for gained, a in zip(curve, FACTORS, strict=True))
         results.append((alpha, curve, right(model, test, head, out, v, alpha)))
     top = results[0][2]
     others = np.mean([r[2] for r in results[1:]], axis=0)
