@@ -4,45 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from regard.models.decoder import Decoder
 from regard.studies import preplan_anchor as study
-from regard.tasks.countdown import Countdown
 from regard.train import policy
-from regard.train.credit import rhythm, token_gain
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     for name, value in (("SHOWN", 4), ("STEPS", 2), ("QUESTIONS", 8), ("SEEDS", 2)):
         monkeypatch.setitem(getattr(study, name), "full", value)
-
-
-def test_credit_reads_the_models_own_weights():
-    """The factors of an arm are those of weights computed by hand from the layers' projections."""
-    task = Countdown()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Decoder(task.vocab, study.DIM, study.LAYERS, study.HEADS).eval()
-    ids = task.batch(5, torch.Generator().manual_seed(1)).input_ids
-    n = ids.shape[1]
-    weights = []
-    with torch.no_grad():
-        x = model.embed(ids)
-        for block in model.blocks:
-            layer, h = block.attention, block.norm1(x)
-            q, k = (f(h).unflatten(-1, (study.HEADS, -1)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj))
-            q, k = layer.position.rotate(q, k, torch.arange(n), torch.arange(n))
-            scores = q @ k.mT * layer.head_dim**-0.5
-            weights.append(scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1))
-            x = block(x, pattern=model.patterns[0])
-    signals = rhythm(weights, task.prompt, near=study.NEAR, far=study.FAR)
-    for arm in ("local", "global", "coupled"):
-        got = study._credit(arm, task.prompt)(model, ids, None)
-        assert got.shape == (5, task.answer)
-        torch.testing.assert_close(got, token_gain(*signals, arm))
-    assert study._credit("uniform", task.prompt) is None
-    drawn = study._credit("random", task.prompt)(model, ids, torch.Generator().manual_seed(0))
-    assert (drawn.sum(1) == task.answer + 0.5 * round(0.4 * task.answer)).all()
 
 
 def test_all_arms_see_equal_samples_from_one_start(tiny, monkeypatch):

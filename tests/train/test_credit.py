@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from regard.train.credit import STRATEGIES, random_gain, rhythm, token_gain
+from regard.models.decoder import Decoder
+from regard.tasks.countdown import Countdown
+from regard.train.credit import STRATEGIES, crediting, random_gain, rhythm, token_gain
 from regard.train.objectives import group_advantage, grpo_loss
 from tests.oracles import credit as oracle
 
@@ -48,6 +50,36 @@ def test_coupling_hands_credit_back():
     fai = torch.tensor([[0.0, 0, 9, 8, 0, 0, 6, 0, 0, 7]])
     assert token_gain(waad, fai, "global")[0].tolist() == [1, 1, 1.5, 1.5, 1, 1, 1.5, 1, 1, 1.5]
     assert token_gain(waad, fai, "coupled")[0].tolist() == [1, 1.25, 1.25, 1.5, 1, 1, 1.25, 1, 1, 1.5]
+
+
+def test_credit_reads_the_models_own_weights():
+    """The factors of an arm are those of weights computed by hand from the layers' projections."""
+    task = Countdown()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Decoder(task.vocab, 64, 2, 4).eval()
+    ids = task.batch(5, torch.Generator().manual_seed(1)).input_ids
+    n = ids.shape[1]
+    weights = []
+    with torch.no_grad():
+        x = model.embed(ids)
+        for block in model.blocks:
+            layer, h = block.attention, block.norm1(x)
+            q, k = (f(h).unflatten(-1, (4, -1)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj))
+            q, k = layer.position.rotate(q, k, torch.arange(n), torch.arange(n))
+            scores = q @ k.mT * layer.head_dim**-0.5
+            weights.append(scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1))
+            x = block(x, pattern=model.patterns[0])
+    signals = rhythm(weights, task.prompt, near=3, far=12)
+    for arm in ("local", "global", "coupled"):
+        got = crediting(arm, task.prompt, near=3, far=12)(model, ids, None)
+        assert got.shape == (5, task.answer)
+        torch.testing.assert_close(got, token_gain(*signals, arm))
+    assert crediting("uniform", task.prompt) is None
+    drawn = crediting("random", task.prompt)(model, ids, torch.Generator().manual_seed(0))
+    assert (drawn.sum(1) == task.answer + 0.5 * round(0.4 * task.answer)).all()
+    with pytest.raises(ValueError, match="name must be one of uniform, random, local, global, coupled, got 'near'"):
+        crediting("near", task.prompt)
 
 
 def test_random_credit_is_as_much_as_local_credit():

@@ -63,7 +63,7 @@ CLAIMS = [
         waits="needs a vision-language model from the hub and POPE's pictures",
     ),
 ]
-QUESTIONS = {"smoke": 32, "full": 100}
+QUESTIONS = {"smoke": 20, "full": 100}
 DRAWS = {"smoke": 3, "full": 5}
 TUNED, TESTED = 100, 400
 NOISE, SURE, GAP, AHEAD = 3.0, 0.8, 0.2, 0.3

@@ -293,6 +293,7 @@ def countdown_arms(size: str, device: str, seed: int) -> dict[str, list[bool]]:
 
     from regard.models.decoder import Decoder
     from regard.tasks.countdown import Countdown
+    from regard.train.credit import crediting
     from regard.train.policy import Policy, grpo
     from regard.train.simple import fit
 
@@ -315,34 +316,10 @@ def countdown_arms(size: str, device: str, seed: int) -> dict[str, list[bool]]:
 
     for arm in RUN[size]:
         model = copy.deepcopy(start)
-        credit = _credit(arm, task.prompt)
+        credit = crediting(arm, task.prompt, near=NEAR, far=FAR)
         grpo(model, questions, task.right, task.answer, policy, credit=credit, seed=seed)
         found[arm] = _answered(model, task, QUESTIONS[size], seed)
     return found
-
-
-def _credit(arm: str, start: int) -> Any:
-    """The factors of an arm, read off the weights of every layer."""
-    from regard.train import credit
-    from regard.watch.anatomy import anatomy
-    from regard.watch.intervene import Site, trace
-
-    if arm == "uniform":
-        return None
-    if arm == "random":
-        return lambda model, ids, generator: credit.random_gain(len(ids), ids.shape[1] - start, generator).to(
-            ids.device
-        )
-    parts: list[Any] = []
-
-    def gain(model: Any, ids: Any, generator: Any) -> Any:
-        if not parts:
-            parts.append(anatomy(model, (ids[:2],)))
-        sites = [Site(layer, "weights") for layer in range(LAYERS)]
-        weights = trace(model, (ids,), sites, anatomy=parts[0])
-        return credit.token_gain(*credit.rhythm(list(weights.values()), start, near=NEAR, far=FAR), arm)
-
-    return gain
 
 
 def _answered(model: Any, task: Any, questions: int, seed: int) -> list[bool]:

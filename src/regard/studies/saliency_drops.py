@@ -69,7 +69,7 @@ CLAIMS = [
 ]
 TOKENS = {"smoke": 100, "full": 600}
 DRAWS = {"smoke": 2, "full": 5}
-CAPTIONS = {"smoke": 80, "full": 1000}
+CAPTIONS = {"smoke": 48, "full": 1000}
 SAMPLED = {"smoke": 16, "full": 200}
 BETA, WIDTH, TOP, MOST = 0.15, 8, 5, 24
 

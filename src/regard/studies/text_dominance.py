@@ -61,7 +61,7 @@ CLAIMS = [
         waits="needs LLaVA-1.5-7B and its kin from the hub",
     ),
 ]
-QUESTIONS = {"smoke": 64, "full": 400}
+QUESTIONS = {"smoke": 40, "full": 400}
 DRAWS = {"smoke": 3, "full": 5}
 REMOVED = (0.5, 0.75, 0.9)
 WAYS: tuple[Literal["highest", "random", "lowest"], ...] = ("highest", "random", "lowest")

@@ -6,17 +6,55 @@ later tokens look at it in the globally looking heads. From them, or without the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-__all__ = ["STRATEGIES", "random_gain", "rhythm", "token_gain"]
+from regard.watch.anatomy import Anatomy, anatomy
+from regard.watch.intervene import Site, trace
+
+__all__ = ["STRATEGIES", "crediting", "random_gain", "rhythm", "token_gain"]
 
 STRATEGIES = ("local", "global", "coupled")
+NAMES = ("uniform", "random", *STRATEGIES)
 MOST, SHARE, BACK, THRESHOLD = 1.5, 0.4, 3, 0.6
 """The largest gain, the share of tokens that get it, how far before an anchor a jump may lie, its least quantile."""
+
+
+def crediting(
+    name: str, start: int, *, near: int = 10, far: int = 100
+) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor] | None:
+    """The ``credit`` of `regard.train.policy.grpo` by name; None for "uniform".
+
+    "random" is `random_gain`; the paper's strategies read `rhythm` off the weights of all layers of the model that is
+    trained, on the answers it has just given.
+
+    Args:
+        name: "uniform", "random", "local", "global" or "coupled".
+        start: the first token of the answer.
+        near, far: as in `rhythm`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+    if name == "uniform":
+        return None
+    known: list[Anatomy] = []
+
+    def gain(model: nn.Module, ids: Int[Tensor, "batch length"], generator: torch.Generator) -> Tensor:
+        if name == "random":
+            return random_gain(len(ids), ids.shape[1] - start, generator).to(ids.device)
+        if not known:
+            known.append(anatomy(model, (ids[:2],)))
+        layers = [layer for layer, heads in enumerate(known[0].heads) if heads]
+        weights = trace(model, (ids,), [Site(layer, "weights") for layer in layers], anatomy=known[0])
+        return token_gain(*rhythm(list(weights.values()), start, near=near, far=far), name)
+
+    return gain
 
 
 def rhythm(
