@@ -71,6 +71,17 @@ def test_samples_are_independent_and_prompts_have_no_order():
     assert (out - model(x, t.flip(0), WORDS)).abs().max() > 1e-4
 
 
+@torch.no_grad()
+def test_prompts_act_through_cross_attention_and_beside_the_timestep():
+    x, t = video(2, 4, 4), torch.tensor([0.2, 0.9])
+    for closed in ("cross_attention.out", "modulation"):
+        model = stirred()
+        for name, module in model.named_modules():
+            if (name.startswith("blocks") and name.endswith(closed)) or name == closed:
+                module.weight.zero_()
+        assert (model(x, t, WORDS) - model(x, t, WORDS.flip(0))).abs().max() > 1e-4, closed
+
+
 def test_a_step_of_the_flow_is_exact_when_the_model_knows_it():
     """With the true flow of one video, Euler arrives at it whatever the steps and the shift."""
     x, noise = video(2, 4, 4), video(2, 4, 4, seed=1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,15 +29,15 @@ def test_batches_follow_from_the_step_and_each_phase_has_its_shapes():
     draw = video.VideoMixture(size, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(draw(5), draw(5), strict=True))
     assert not torch.equal(draw(5).x, draw(6).x)
-    assert draw(0).x.shape == (28, 1, 4, 16, 16)
-    assert draw(900).x.shape == (3, 1, *video.SHAPE)
+    assert draw(0).x.shape == (48, 1, 4, 16, 16)
+    assert draw(0).x.max(2).values.min() > -1  # the canvas has a texture
+    assert {draw(step).x.shape[3] for step in range(1400, 1410)} == {16, 24, 32}
     long = video.VideoMixture(video.SIZES["long"], seed=0)(0)
-    assert long.x.min() > -1  # the canvas has a texture
-    assert {s: video.SIZES[s].recipe.steps for s in ("full", "long")} == {"full": 950, "long": 340}
+    assert long.x.shape == (2, 1, *video.SHAPE)
 
 
 def test_noise_times_and_prompts_left_out():
-    size = video.SIZES["full"]
+    size = video.SIZES["long"]
     videos = MovingDigits((1, 8, 8), most=1).batch(4000, torch.Generator().manual_seed(0))
     batch = video.noised(videos, size, torch.Generator().manual_seed(1))
     dropped = (batch.words == NULL).all(1)
@@ -155,6 +156,27 @@ def test_roles_of_heads_that_were_made():
     videos = MovingDigits((8, 16, 16), most=1).batch(1, torch.Generator().manual_seed(0))
     table = head_roles(model, videos.x, videos.words, times=(0.5,))
     assert table.names.values.tolist() == [["multi-diagonal", "block"]]
+
+
+def test_heads_start_out_leaning_to_their_frame_or_their_place():
+    """Of an untrained model: the first to its own frame, the second to its place in all frames, the last to neither."""
+    torch.manual_seed(0)
+    config = replace(video.SIZES["smoke"].model, dim=64, heads=4, layers=1, pairs=(2, 3, 3))
+    videos = MovingDigits((8, 32, 32), most=1).batch(1, torch.Generator().manual_seed(0))
+    found = {}
+    for lean in (config.lean, 0.0):
+        model = VideoDiT(replace(config, lean=lean)).eval()
+        scores = head_roles(model, videos.x, videos.words, times=(0.5,)).scores[0]
+        found[lean] = [scores.sel(role=r).values for r in ("block", "multi-diagonal", "multi-diagonal/main")]
+    frame, place, main = found.pop(config.lean)
+    assert frame[0] > 0.6
+    assert frame[[1, 3]].max() < 0.25
+    assert place[1] > 0.7
+    assert place[[0, 3]].max() < 0.4
+    assert main[1] < 0.2  # in all frames, not its own
+    for plain in found.values():
+        assert plain[0].max() < 0.25
+        assert plain[1].max() < 0.45
 
 
 def test_the_shipped_model_is_watched_on_a_prompt(shipped):

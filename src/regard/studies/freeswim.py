@@ -79,7 +79,7 @@ CLAIMS = [
 GRIDS = {"smoke": 40, "full": 400}
 BEYOND, HALF = (32, 32), 8
 # Sampling: pixels beyond the trained size, videos, steps, guidance, shift of the times, how much noise, steps a cache.
-SHAPE, NATIVE, VIDEOS, STEPS = (4, 64, 64), (4, 32, 32), 8, 10
+SHAPE, NATIVE, VIDEOS, STEPS = (4, 128, 128), (4, 64, 64), 8, 10
 GUIDANCE, SHIFT, STRENGTH, CACHE = 2.0, 3.0, 0.7, 2
 
 

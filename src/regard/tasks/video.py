@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,15 +18,19 @@ from regard.train.trainer import Recipe
 __all__ = ["SHAPE", "SIZES", "Noised", "Phase", "Size", "VideoMixture", "build", "video_loss"]
 
 #: (frames, height, width) in pixels of the videos it is made for: 8 x 16 x 16 tokens.
-SHAPE = (8, 32, 32)
+SHAPE = (8, 64, 64)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: until which step, and the (videos, objects, shape in pixels) that its steps draw from."""
+    """A stretch of training: until which step, and the (videos, objects, shape in pixels) that its steps draw from.
+
+    ``shift``: of its times, instead of its size's.
+    """
 
     until: int
     draws: tuple[tuple[int, int, tuple[int, int, int]], ...]
+    shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,41 +45,38 @@ class Size:
     recipe: Recipe
     phases: tuple[Phase, ...]
     drop: float = 0.12
-    shift: float = 2.0
-    speed: int = 2
-    texture: float = 0.0
+    shift: float = 1.0
+    speed: int = 1
+    texture: float = 0.3
 
     def task(self, shape: tuple[int, int, int], most: int, split: Split = "train") -> MovingDigits:
         """Its videos of a shape."""
         return MovingDigits(shape, most, self.speed, split, self.texture)
 
 
-_SQUARE, _WIDE, _TALL = (16, 16), (12, 24), (24, 12)
+_MODEL = DiTConfig(words=len(WORDS), patch=(1, 4, 4), theta=30.0, lean=6.0)
 
 SIZES = {
+    # Small canvases, on which a step sees many videos: one object, then two, then three; at last `SHAPE`.
     "full": Size(
-        model=DiTConfig(words=len(WORDS)),
-        recipe=Recipe(steps=950, lr=3e-3, warmup=60, decay=290, autocast=True),
+        model=_MODEL,
+        recipe=Recipe(steps=4200, lr=3e-3, warmup=30, decay=1100, autocast=True),
         phases=(
-            Phase(350, ((28, 1, (4, *_SQUARE)),)),
-            Phase(560, ((16, 1, (8, *_SQUARE)), (14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
-            Phase(680, ((6, 3, (4, 32, 32)), (14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
-            Phase(10**9, ((3, 3, SHAPE),)),
+            Phase(300, ((48, 1, (4, 16, 16)),)),
+            Phase(800, ((24, 1, (8, 16, 16)), (14, 2, (8, 16, 32)), (14, 2, (8, 32, 16)))),
+            Phase(3500, ((24, 1, (8, 16, 16)), (12, 2, (8, 24, 24)), (7, 3, (8, 32, 32)))),
+            Phase(10**9, ((2, 3, SHAPE), (2, 3, SHAPE), (2, 1, SHAPE)), shift=2.0),
         ),
     ),
-    # The second training, from the weights of the first: canvases with a texture that stands still, slower objects.
+    # A second training, from the weights of the first: on with that canvas.
     "long": Size(
-        model=DiTConfig(words=len(WORDS)),
-        recipe=Recipe(steps=340, lr=3e-3, warmup=20, decay=130, autocast=True),
-        phases=(
-            Phase(180, ((14, 2, (8, *_WIDE)), (14, 2, (8, *_TALL)))),
-            Phase(10**9, ((3, 3, SHAPE),)),
-        ),
-        speed=1,
-        texture=0.3,
+        model=_MODEL,
+        recipe=Recipe(steps=500, lr=2e-3, warmup=20, decay=300, autocast=True),
+        phases=(Phase(10**9, ((2, 3, SHAPE),)),),
+        shift=2.0,
     ),
     "smoke": Size(
-        model=DiTConfig(words=len(WORDS), dim=32, layers=2, heads=2, pairs=(2, 3, 3)),
+        model=replace(_MODEL, dim=32, layers=2, heads=2, pairs=(2, 3, 3)),
         recipe=Recipe(steps=20, lr=3e-3, warmup=4, decay=8),
         phases=(Phase(10**9, ((4, 1, (4, 16, 16)),)),),
     ),
@@ -115,15 +116,17 @@ class VideoMixture:
         phase = next(p for p in self.size.phases if step < p.until)
         which = int(torch.randint(len(phase.draws), (), generator=generator))
         videos, most, shape = phase.draws[which]
-        return noised(self.size.task(shape, most).batch(videos, generator), self.size, generator)
+        shift = self.size.shift if phase.shift is None else phase.shift
+        return noised(self.size.task(shape, most).batch(videos, generator), self.size, generator, shift)
 
 
-def noised(videos: Videos, size: Size, generator: torch.Generator) -> Noised:
-    """Videos with noise, logistic-normal times and some prompts left out."""
+def noised(videos: Videos, size: Size, generator: torch.Generator, shift: float | None = None) -> Noised:
+    """Videos with noise, logistic-normal times (shifted as the size says, or `shift`) and some prompts left out."""
     n = len(videos.x)
     noise = torch.randn(videos.x.shape, generator=generator)
     t = torch.randn(n, generator=generator).sigmoid()
-    t = size.shift * t / (1 + (size.shift - 1) * t)
+    shift = size.shift if shift is None else shift
+    t = shift * t / (1 + (shift - 1) * t)
     dropped = torch.rand(n, 1, generator=generator) < size.drop
     return Noised(videos.x, torch.where(dropped, NULL, videos.words), noise, t)
 
@@ -131,7 +134,7 @@ def noised(videos: Videos, size: Size, generator: torch.Generator) -> Noised:
 def evaluation(size: Size, n: int = 8, seed: int = 10_000_019) -> Callable[[nn.Module], dict[str, float]]:
     """Figures of the loss curve: the loss on held-out digits that training does not draw, at two grids."""
     full = size.model.layers > 2
-    shapes = {"loss_small": (4 * n, (8, 16, 16), 1)} | ({"loss_full": (n, SHAPE, 3)} if full else {})
+    shapes = {"loss_small": (4 * n, (8, 16, 16), 1)} | ({"loss_full": (n // 2, SHAPE, 3)} if full else {})
 
     def measure(model: nn.Module) -> dict[str, float]:
         found = {}
