@@ -10,10 +10,11 @@ from regard.kernels import routed_flash, routed_keep, routed_kinds, routed_math,
 from regard.kernels.attend import attend
 from regard.kernels.request import make_request
 from regard.kernels.routed_tiles import make_tiles
-from regard.patterns import Blocks, Causal, Full, Sinks, Window, Within, per_head, per_sample
+from regard.patterns import Blocks, Causal, Diagonals, Full, Sinks, Window, Within, per_head, per_sample
 from regard.patterns.block_topk import BlockTopK
 from regard.patterns.decided import Routed
 from regard.patterns.select import to_index, topk
+from regard.plan.rounded import rounded
 from tests.kernels.test_attend import near
 from tests.kernels.test_blocked import Largest
 from tests.oracles.attention import attended
@@ -225,3 +226,36 @@ def test_double_backward_is_refused_by_name():
         (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
         with pytest.raises(RuntimeError, match=r"blocked.*no double backward"):
             torch.autograd.grad(grad.sum(), q)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(Window(9, 9), 70), (Window(5, 0), 64), (Diagonals(16, 3, causal=False), 80)]),
+)
+def test_bands_are_read_where_they_stand(seed, case):
+    """Whole blocks side by side are not copied; what wraps around is; a sample and head each reads its own keys."""
+    pattern, length = case
+    g = torch.Generator().manual_seed(seed)
+    kv_heads, group, size = 1 + seed % 2, 1 + seed % 3, (8, 16)[seed % 2]
+    routed = rounded(pattern, length, size)
+    q = torch.randn(2, kv_heads * group, length, 8, generator=g)
+    k, v = torch.randn(2, 2, kv_heads, length, 8, generator=g)
+    with torch.no_grad():
+        out, lse = attend(q, k, v, routed, backend="blocked", return_lse=True)
+    want, want_lse = attended(q, k, v, routed)
+    near(out, want, 2e-5)
+    near(lse, want_lse, 2e-5)
+
+
+def test_rows_of_a_band_are_runs():
+    routed = rounded(Window(16, 16), 128, 16)  # 8 rows of 3 blocks, but the first and the last
+    tiles = make_tiles(routed, 2, 3, 3)
+    found = [routed_flash._runs(tiles, batch) for batch in tiles.batches]
+    assert all(others is None for _, others in found)
+    runs = sorted(run for some, _ in found for run in some)
+    assert runs == [(0, 1, 0, 0), (1, 6, 0, 16), (7, 1, 96, 0)]
+    spread = Routed.blocks(torch.tensor([[[[0, 2], [1, 3], [0, 3], [0, 2]]]]), block=(8, 8), q_len=32, kv_len=32)
+    tiles = make_tiles(spread, 1, 1, 1)
+    ((runs, others),) = [routed_flash._runs(tiles, batch) for batch in tiles.batches]
+    assert [tuple(run) for run in runs] == []
+    assert len(others) == 4

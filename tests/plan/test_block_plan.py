@@ -115,6 +115,8 @@ def test_plans_beside_dense_from_the_same_noise(model, given, inputs):
     found = record_shapes(model, inputs[::2], GRID)
     arms = rivals(model, found, 0.6, GRID, eps=10, shuffles=2)
     assert list(arms) == ["plan", "shuffled", "shuffled 2", "all diagonal", "all multi-diagonal", "all stripe"]
+    timed = record_shapes(model, inputs[:1], GRID, timed=True)
+    assert list(rivals(model, timed, 0.6, GRID, eps=10))[:2] == ["plan", "plan by seconds"]
     outcomes = compare(model, arms, *given, steps=STEPS)
     assert list(outcomes) == ["dense", *arms]
     assert outcomes["dense"].psnr.isinf().all()

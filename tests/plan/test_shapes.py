@@ -1,5 +1,8 @@
 """Shapes of video heads: the options, the errors of a model against explicit weights, the choice, its controls."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +193,26 @@ def test_shapes_rounded_up_to_blocks_lose_less_and_are_stored(model, found, tmp_
     assert operations_ratio(with_patterns(plan, singles, "stripe")) == pytest.approx(1 / more.density[7])
 
 
+def test_plans_by_seconds_follow_the_clock_of_this_machine(model, found):
+    timed = sp.record_shapes(model, inputs(1), GRID, timed=True)
+    assert found.seconds is None
+    assert timed.seconds.shape == timed.density.shape
+    assert (timed.seconds > 0).all()
+    # A clock on which the widest diagonal is as slow as dense attention and stripes are next to free.
+    told = {"full": 1.0, "diagonal/8": 1.0, "stripe": 0.01}
+    seconds = np.array([told.get(name, 0.5) for name in timed.options])
+    clocked = replace(timed, seconds=seconds)
+    best = None
+    for choice in itertools.product(range(len(seconds)), repeat=4):
+        if seconds[list(choice)].sum() <= 4 * 0.4 + 1e-9:
+            loss = sum(timed.errors[i // 2, i % 2, m] for i, m in enumerate(choice))
+            best = loss if best is None else min(best, loss)
+    which = sp.plan_shapes(clocked, 0.4, eps=10, by="seconds")
+    assert seconds[which].sum() <= 4 * 0.4 + 1e-9
+    assert np.take_along_axis(timed.errors, which[..., None], 2).sum() == pytest.approx(best)
+    assert not np.array_equal(which, sp.plan_shapes(clocked, 0.4, eps=10))
+
+
 def test_skip_and_full_are_the_planner_s_own_options(model, found):
     skip = found.options.index("skip")
     plan = sp.planned(model, found, [[0, skip], [skip, skip]])
@@ -227,6 +250,8 @@ def test_stripes_are_the_keys_that_receive_most_the_lower_of_equals():
         (lambda m, f: sp.record_shapes(m, [], GRID), "at least one calibration input"),
         (lambda m, f: sp.record_shapes(m, inputs(1), (3, 4, 5)), "attends over 48 tokens, .* say 60"),
         (lambda m, f: sp.plan_shapes(f, -0.1), "met by no choice"),
+        (lambda m, f: sp.plan_shapes(f, 0.5, by="seconds"), r"record_shapes\(..., timed=True\)"),
+        (lambda m, f: sp.plan_shapes(f, 0.5, by="hours"), "by must be"),
         (lambda m, f: video_options(GRID, torch.rand(2, 47)), r"received must be \[heads, 48\]"),
     ],
 )

@@ -70,6 +70,9 @@ def out_of_slots(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tenso
     rows = _rows(at, batch, heads, slots)
     there = (at >= 0).repeat_interleave(heads // at.shape[1], 1).expand(batch, -1, -1, -1)
     found = out.reshape(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
+    if at.shape[-1] == 1 and bool((at >= 0).all()):  # a slot for each token: nothing to merge
+        each = None if lse is None or routed.repeats == "mean" else lse.reshape(-1).index_select(0, rows.flatten())
+        return found[..., 0, :], None if each is None else each.view(rows.shape[:-1])
     if routed.repeats == "mean":
         weight = there.to(torch.promote_types(found.dtype, torch.float32))
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)

@@ -1,17 +1,20 @@
 """The tiles of a route fed to PyTorch's CPU flash attention and to its backward pass.
 
 Both go row by row of queries with the keys that it was given, gathered: dq is written once, dk and dv are added up.
+Rows whose keys lie side by side, as in a band, are read in the forward pass where they stand.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard.kernels.blocked_tiles import additive
-from regard.kernels.routed_rows import Batch
+from regard.kernels.routed_rows import Batch, BlockBatch
 from regard.kernels.routed_tiles import Chunk, Tiles
 
 __all__ = ["backward", "forward"]
@@ -60,8 +63,50 @@ class _Work:
         return mask.expand(len(chunk.keys), -1, -1, -1)
 
 
+class _Run(NamedTuple):
+    """Rows that follow each other, each with the keys ``start + step * i`` and on, i counted from the first row."""
+
+    first: int
+    rows: int
+    start: int
+    step: int
+
+
+def _runs(tiles: Tiles, batch: Batch) -> tuple[list[_Run], Batch | None]:
+    """The rows of a batch that read keys side by side, as few runs, and a batch of the others.
+
+    Only where all strips read the same whole blocks, each of a kv head of its own, and under no mask.
+    """
+    u = tiles.units
+    if u.lists > 1 or u.strips != u.batch * u.kv_heads or not isinstance(batch, BlockBatch):
+        return [], batch
+    if batch.kinds.shape[1] or batch.unit != batch.width:
+        return [], batch
+    beside = (batch.blocks.diff(dim=1) == 1).all(1)
+    rows, start = batch.rows[beside], batch.blocks[beside, 0]
+    step = start.diff()
+    ends = (rows.diff() != 1) | (step < 0)
+    ends[1:] |= ~ends[:-1] & (step[1:] != step[:-1])
+    at = [0, *(ends.nonzero()[:, 0] + 1).tolist(), len(rows)]
+    if not len(rows) or (len(at) > 3 and 2 * len(at) > len(rows)):
+        return [], batch  # many small calls take longer than to gather
+    found = [
+        _Run(int(rows[a]), b - a, int(start[a]) * batch.width, int(step[a]) * batch.width if b - a > 1 else 0)
+        for a, b in pairwise(at)
+    ]
+    others = replace(batch, rows=batch.rows[~beside], blocks=batch.blocks[~beside])
+    return found, others if len(others) else None
+
+
 def _take(x: Tensor, tiles: Tensor | slice) -> Tensor:
     return x[tiles] if isinstance(tiles, slice) else x.index_select(0, tiles)
+
+
+def _side_by_side(x: Tensor, tiles: Tiles, run: _Run, n: int) -> Tensor:
+    """``[strips, rows, n, width]`` of the flat keys or values, no copy: rows overlap."""
+    width = x.shape[-1]
+    shape, strides = (tiles.units.strips, run.rows, n, width), (tiles.kv_slots * width, run.step * width, width, 1)
+    return x.as_strided(shape, strides, x.storage_offset() + run.start * width)
 
 
 def _put(x: Tensor, tiles: Tensor | slice, values: Tensor) -> None:
@@ -79,7 +124,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> tupl
     out = torch.zeros_like(rows)
     lse = q.new_full(rows.shape[:2], -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     work = _Work(k, shared, 2)
-    for chunk in tiles.chunks(work.room, q.device):
+    at, left = (-1, tiles.n_rows, *rows.shape[1:]), []
+    for batch in tiles.batches:
+        runs, others = _runs(tiles, batch)
+        left += [others] if others is not None else []
+        for run in runs:
+            mine = slice(run.first, run.first + run.rows)
+            kt, vt = (_side_by_side(x, tiles, run, batch.n) for x in (k_flat, v_flat))
+            o, s = _flash(rows.view(at)[:, mine], kt, vt, 0.0, False, scale=scale)
+            out.view(at)[:, mine], lse.view(at[:-1])[:, mine] = o, s
+    for chunk in replace(tiles, batches=left).chunks(work.room, q.device):
         kt, vt = work.gather(chunk, k_flat, v_flat)
         o, s = _flash(_take(rows, chunk.tiles)[:, None], kt, vt, 0.0, False, attn_mask=work.masks(chunk), scale=scale)
         o, s = o[:, 0], s[:, 0]

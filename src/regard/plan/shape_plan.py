@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from regard.kernels.attend import attend
 from regard.kernels.fused import column_mass
 from regard.patterns import Full, Pattern
 from regard.plan.apply import inputs_of, label_of, refuse_call
-from regard.plan.cost import Shape, shape_of
+from regard.plan.cost import CostModel, Shape, shape_of
 from regard.plan.groups import Inputs
 from regard.plan.identity import identity
 from regard.plan.options import DENSE, NOTHING, Option
@@ -53,6 +53,8 @@ class ShapeErrors:
     mass: np.ndarray
     density: np.ndarray
     """Pairs of each option over all pairs, ``[options]``: what it costs."""
+    seconds: np.ndarray | None
+    """What each option takes for one head, ``[options]``; None: not timed."""
     received: dict[str, Tensor]
     """By layer: the mass that each key received, ``[heads, length]``."""
     block: int | None
@@ -70,6 +72,7 @@ def record_shapes(
     suffix: int = 0,
     block: int | None = None,
     widths: Sequence[int] = WIDTHS,
+    timed: bool = False,
     anatomy: Anatomy | None = None,
 ) -> ShapeErrors:
     """The error of every option of `video_options` in every self-attention head.
@@ -82,6 +85,7 @@ def record_shapes(
         shape, prefix, suffix: tokens of the video and of the text around it, see `video_options`.
         block: None: exact shapes; 64, say: rounded up to whole blocks, which kernels run faster; see `video_options`.
         widths: of diagonals and multi-diagonals, see `video_options`.
+        timed: whether to time every option on this machine, for plans by seconds.
         anatomy: the model's parts, where its output projections cannot be found.
 
     Raises:
@@ -96,7 +100,7 @@ def record_shapes(
             parts = find_anatomy(model, inputs[0])
         received = _Received(length)
         how: dict[str, Any] = {"prefix": prefix, "suffix": suffix, "block": block, "widths": tuple(widths)}
-        tried = _Tried(shape, how, received, projections(model, parts))
+        tried = _Tried(shape, how, received, projections(model, parts), CostModel() if timed else None)
         for handler in (received, tried):
             for given in inputs:
                 with Seam(model, handler, edits=True):
@@ -139,8 +143,10 @@ class _Tried:
         how: dict[str, Any],
         received: _Received,
         projections: dict[str, tuple[str, Tensor]],
+        cost: CostModel | None,
     ) -> None:
-        self.shape, self.how = shape, how
+        self.shape, self.how, self.cost = shape, how, cost
+        self.seconds: np.ndarray | None = None
         self.received, self.projections = received, projections
         self.patterns: dict[str, dict[str, Pattern]] = {}
         self.alike: dict[str, Pattern] = {}
@@ -159,6 +165,8 @@ class _Tried:
             # shapes that are alike in all layers are one object, so that a plan has one option of them
             self.patterns[name] = {n: p if p.heads else self.alike.setdefault(n, p) for n, p in made.items()}
             self.shapes[name], self.causal[name] = shape_of(inputs), call.causal
+            if self.cost is not None and self.seconds is None:
+                self.seconds = _timed(self.cost, inputs, self.patterns[name])
         full, lse = _attended(inputs, Full())
         gram = self._gram(name, inputs)
         lost, mass = [], []
@@ -208,9 +216,19 @@ class _Tried:
             mass=torch.stack([torch.stack(self.mass[n]).mean(0) for n in layers]).numpy(),
             density=np.array([density_of(p, length, length) for p in first.values()]),
             block=self.how["block"],
+            seconds=self.seconds,
             received=self.received.sums,
             projected=all(n.split("#")[0] in self.projections for n in layers),
         )
+
+
+def _timed(cost: CostModel, inputs: Inputs, patterns: dict[str, Pattern]) -> np.ndarray:
+    """Seconds of every option for the last head, as a plan would run it."""
+    last = inputs.q.shape[1] - 1
+    fixed = {"full": DENSE, "skip": NOTHING}
+    options = [fixed[name] if name in fixed else Option(name, one_head(p, last)) for name, p in patterns.items()]
+    cost.time(inputs, options)
+    return np.array([cost.seconds(shape_of(inputs), option, 1) for option in options])
 
 
 def _attended(inputs: Inputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -227,16 +245,36 @@ def _energy(x: Tensor, gram: Tensor | None) -> Tensor:
     return (x * y).double().sum((0, 2, 3)).clamp(min=0).cpu()
 
 
-def plan_shapes(found: ShapeErrors, budget: float | int, *, eps: float | int = 0.1) -> np.ndarray:
-    """The option of each head ``[layers, heads]`` with the least summed error at ``budget`` of the dense operations.
+def plan_shapes(
+    found: ShapeErrors,
+    budget: float | int,
+    *,
+    eps: float | int = 0.1,
+    by: Literal["operations", "seconds"] = "operations",
+) -> np.ndarray:
+    """The option of each head ``[layers, heads]`` with the least summed error at ``budget`` of what dense heads cost.
 
     Options whose error is above eps are not on offer, but "full", as far as the budget allows: see `search_shapes`.
 
+    Args:
+        found: what each option loses.
+        budget: share of the dense operations, or seconds.
+        eps: as said.
+        by: what an option costs: its pairs, as in the paper, or its time on this machine, where a pair in one shape may
+            take longer than in another.
+
     Raises:
-        ValueError: for a budget that no choice meets, with the least that one does.
+        ValueError: for a budget that no choice meets, with the least that one does; for seconds that were not timed.
     """
+    if by not in ("operations", "seconds"):
+        raise ValueError(f'by must be "operations" or "seconds", got {by!r}')
+    costs = found.density
+    if by == "seconds":
+        if found.seconds is None:
+            raise ValueError('by="seconds" needs options that were timed: record_shapes(..., timed=True)')
+        costs = found.seconds / found.seconds[found.options.index("full")]
     layers, heads, _ = found.errors.shape
-    return search_shapes(found.errors, found.options, found.density, budget * layers * heads, eps)[0].which
+    return search_shapes(found.errors, found.options, costs, budget * layers * heads, eps)[0].which
 
 
 def planned(model: nn.Module, found: ShapeErrors, which: Any) -> Plan:

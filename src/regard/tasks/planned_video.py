@@ -130,13 +130,16 @@ def rivals(
 ) -> dict[str, Plan]:
     """The plan of shapes at ``budget`` of the dense operations, "plan", and what it is compared with at no lower cost:
     "shuffled", "shuffled 2", ... (its heads shuffled inside each layer) and one shape for all heads, "all diagonal",
-    "all multi-diagonal", "all stripe".
+    "all multi-diagonal", "all stripe". Where the options were timed, "plan by seconds" besides, at ``budget`` of
+    the dense seconds instead.
 
     Raises:
         ValueError: for a budget that no choice meets.
     """
     mine = planned(model, found, plan_shapes(found, budget, eps=eps))
     arms = {"plan": mine}
+    if found.seconds is not None:
+        arms["plan by seconds"] = planned(model, found, plan_shapes(found, budget, eps=eps, by="seconds"))
     generator = torch.Generator().manual_seed(seed)
     for n in range(shuffles):
         arms[f"shuffled {n + 1}" if n else "shuffled"] = shuffled(mine, generator)
