@@ -71,8 +71,8 @@ FAMILIES = {
 }
 #: Left to size full, which is for a GPU: the flow alone takes whole matrices.
 FULL_ONLY = ("occlusion", "attention flow", "attention norms")
-SENTENCES = {"smoke": 10, "full": 500}
-AGAIN = {"smoke": 4, "full": 60}
+SENTENCES = {"smoke": 20, "full": 500}
+AGAIN = {"smoke": 6, "full": 60}
 PICTURES = 60
 HEADS = {"smoke": 1, "full": 3}
 TRAINED_ON = 240
