@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from machine import cpu
+
 METHODS = ("rollout", "attention x gradient", "head importance")
 SEED = 0
 
@@ -159,15 +161,12 @@ def main() -> None:
     import torch
     import transformers
 
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
     provenance = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "cpu": cpu,
+        "cpu": cpu(),
         "threads": int(os.environ.get("REGARD_BENCH_THREADS", "2")),
         "command": " ".join(["python", "benchmarks/attribution.py", *sys.argv[1:]]),
         "seed": SEED,

@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import cpu
+
 HERE = Path(__file__).parent
 
 
@@ -156,14 +158,11 @@ def main() -> None:
 
         layouts = pattern_layouts.layout_arms()
         print(pattern_layouts.table(layouts), flush=True)
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
     provenance = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": cpu,
+        "cpu": cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": threads,
         "command": " ".join(["python", "benchmarks/patterns.py", *sys.argv[1:]]),

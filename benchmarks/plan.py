@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from machine import cpu
+
 HERE = Path(__file__).parent
 SEED = 0
 BLOCK, WIDTHS = 64, (32, 16, 8, 4, 3, 2)
@@ -215,9 +217,6 @@ def main() -> None:
 
     threads = int(os.environ.get("REGARD_BENCH_THREADS", "2"))
     torch.set_num_threads(threads)
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
     for name in ("decoder", "video"):
         if args.only not in (None, name):
             continue
@@ -232,7 +231,7 @@ def main() -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "cpu": cpu,
+            "cpu": cpu(),
             "threads": threads,
             "command": " ".join(["python", "benchmarks/plan.py", *sys.argv[1:]]),
             "seconds": time.perf_counter() - began,

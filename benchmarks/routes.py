@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import cpu
+
 HERE = Path(__file__).parent
 HEADS, HEAD_DIM = 8, 64
 SHARE = 0.10
@@ -230,13 +232,10 @@ def main() -> None:
         kept["results"] = [r for r in kept["results"] if (r["route"], r["backward"]) != (name, args.backward)] + [found]
     order = list(cases(args.length))
     kept["results"].sort(key=lambda r: (r["backward"], order.index(r["route"])))
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
     kept["provenance"] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": cpu,
+        "cpu": cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "last command": " ".join(["python", "benchmarks/routes.py", *sys.argv[1:]]),
         "seed": 0,

@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import cpu
+
 LAYERS = HEADS = 12
 VOCAB, SEED = 1024, 0
 
@@ -243,15 +245,12 @@ def main() -> None:
     if {name: kept.get(name) for name in size} != size:
         kept = {**size, "parts": []}
     kept["parts"] = [p for p in kept["parts"] if not set(p["layers"]) & set(part["layers"])] + [part]
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
     kept["provenance"] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
-        "cpu": cpu,
+        "cpu": cpu(),
         "threads": threads,
         "command": " ".join(["python", "benchmarks/scan.py", *sys.argv[1:]]),
         "seed": SEED,

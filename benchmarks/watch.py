@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import cpu
+
 VOCAB, HEAD_DIM = 32_000, 64
 
 
@@ -311,15 +313,12 @@ def main() -> None:
     import torch
     import transformers
 
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
     provenance = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "cpu": cpu,
+        "cpu": cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": int(os.environ.get("REGARD_BENCH_THREADS", "2")),
         "command": " ".join(["python", "benchmarks/watch.py", *sys.argv[1:]]),

@@ -19,6 +19,9 @@ def test_samples_are_batches_of_one():
     assert [one.spans["a"].tolist() for one in ones] == [[[0, 1]], [[1, 2]], [[2, 4]]]
     assert torch.equal(torch.cat([one.groups["g"] for one in ones]), batch.groups["g"])
     assert batch.valid.all()
+    some = batch[torch.tensor([2, 0])]
+    assert some.spans["a"].tolist() == [[2, 4], [0, 1]]
+    assert torch.equal(some.groups["g"], batch.groups["g"][[2, 0]])
     with pytest.raises(TypeError, match="slices"):
         batch[0]
 

@@ -34,6 +34,8 @@ from regard.watch.seam import Seam
 
 __all__ = ["ShapeErrors", "plan_shapes", "planned", "record_shapes"]
 
+FIXED = {"full": DENSE, "skip": NOTHING}  # shapes that are options of every plan
+
 
 @dataclass(eq=False)
 class ShapeErrors:
@@ -225,8 +227,7 @@ class _Tried:
 def _timed(cost: CostModel, inputs: Inputs, patterns: dict[str, Pattern]) -> np.ndarray:
     """Seconds of every option for the last head, as a plan would run it."""
     last = inputs.q.shape[1] - 1
-    fixed = {"full": DENSE, "skip": NOTHING}
-    options = [fixed[name] if name in fixed else Option(name, one_head(p, last)) for name, p in patterns.items()]
+    options = [FIXED[name] if name in FIXED else Option(name, one_head(p, last)) for name, p in patterns.items()]
     cost.time(inputs, options)
     return np.array([cost.seconds(shape_of(inputs), option, 1) for option in options])
 
@@ -279,7 +280,7 @@ def plan_shapes(
 
 def planned(model: nn.Module, found: ShapeErrors, which: Any) -> Plan:
     """A choice ``[layers, heads]`` of `found`'s options as a `Plan`, to apply, save and load."""
-    known: dict[str, Option] = {"full": DENSE, "skip": NOTHING}
+    known = dict(FIXED)
     layers: dict[str, tuple[Option, ...]] = {}
     heads = []
     for n, name in enumerate(found.layers):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "attention-saes"
 MODEL = None
@@ -81,7 +81,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str | No
             found.append(judge(network, STEPS[size][1], s, device))
     if not found:
         reason = f"testbed not ready: loss {min(losses):.3f} on repeated tokens, below {GATE} needed"
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     used = f"{len(found)} of {len(losses)} seeds trained to a loss below {GATE}; " if len(losses) > 1 else ""
     return [_attribution(found), _faithful(found, used), _induction(found, used), _long_prefix(found, used)]
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "causal-tracing"
 MODEL = "testbed:vlm"
@@ -80,12 +80,12 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
 
     eye = seer(model, device)
     if reason := below_gate(eye.loaded):
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     chosen = [asked_and_sure(eye, QUESTIONS[size], seed + 1000 * draw) for draw in range(DRAWS[size])]
     if min(len(probes) for probes, _ in chosen) < LEAST:
         counted = ", ".join(str(len(probes)) for probes, _ in chosen)
         reason = f"premise not met: {counted} questions are answered surely and lost to noise, {LEAST} are needed"
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     grids = [traced(eye, *each) for each in chosen]
     return [_trivial(grids), _middle(grids), *_injected(eye, grids[0], seed, device)]
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "circuit-reuse"
 MODEL = "testbed:lists"
@@ -80,17 +80,17 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     from regard.tasks.testbeds import load
 
     if reason := not_shipped(model):
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     loaded = load(model, device=device)
     if reason := below_gate(loaded):
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     generator = torch.Generator().manual_seed(seed)
     tasks = {"indirect object": IndirectObject(), "coloured objects": ColouredObjects(3)}
     pairs = {name: prompts(loaded.model, task, PROMPTS[size], generator) for name, task in tasks.items()}
     few = {name: len(clean) for name, (clean, _) in pairs.items() if len(clean) < PROMPTS[size]}
     if few:
         reason = f"too few prompts that the model answers rightly, clean and corrupted: {few} of {PROMPTS[size]}"
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     direct = [direct_effects(loaded.model, *pair) for pair in pairs.values()]
     found = [
         _direct(loaded.model, list(pairs.values()), direct),
@@ -125,14 +125,7 @@ def prompts(model: Any, task: Any, n: int, generator: Any) -> tuple[Any, Any]:
     corrupt = task.corrupted(clean)
     keep = (answered(model, clean) & answered(model, corrupt)).nonzero()[:n, 0]
 
-    return some(clean, keep), some(corrupt, keep)
-
-
-def some(batch: Any, rows: Any) -> Any:
-    """These samples of a batch."""
-    from regard.tasks.batch import Batch
-
-    return Batch(batch.input_ids[rows], batch.labels[rows], {k: v[rows] for k, v in batch.spans.items()})
+    return clean[keep], corrupt[keep]
 
 
 def gap(clean: Any, corrupt: Any) -> Any:
@@ -249,7 +242,7 @@ def by_chance(a: list[Any], b: list[Any], share: float, seed: int) -> tuple[Any,
 def _direct(model: Any, pairs: list[tuple[Any, Any]], effects: list[Any]) -> Finding:
     worst = 0.0
     for (clean, corrupt), effect in zip(pairs, effects, strict=True):
-        plain = by_hooks(model, some(clean, slice(CHECKED)), some(corrupt, slice(CHECKED)))
+        plain = by_hooks(model, clean[:CHECKED], corrupt[:CHECKED])
         worst = max(worst, float(np.abs(effect.values[..., :CHECKED] - plain).max()))
     return Finding(
         "direct",
@@ -319,7 +312,7 @@ def accuracy(model: Any, batch: Any, heads: list[tuple[int, int]]) -> Any:
     """1 for each list whose colour is right with the wrong items kept from these heads."""
     right = np.zeros(len(batch))
     for rows, edits in forbidden(batch, heads):
-        right[rows.numpy()] = answered(model, some(batch, rows), edits).numpy()
+        right[rows.numpy()] = answered(model, batch[rows], edits).numpy()
     return right
 
 

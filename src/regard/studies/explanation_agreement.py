@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "explanation-agreement"
 MODEL = "minilm-l6"
@@ -96,7 +96,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
         accuracy.append(right(network, drawn))
         if accuracy[-1] < GATE:
             reason = f"the classifier names only {accuracy[-1]:.0%} of new sentences rightly, {GATE:.0%} needed"
-            return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+            return unmeasured(CLAIMS, reason)
         names = [name for name in FAMILIES if size == "full" or name not in FULL_ONLY]
         whole = {name: torch.zeros(drawn.content.shape) for name in names}
         # Sentences of like length share a pass.

@@ -91,6 +91,11 @@ class Finding:
             raise ValueError(f"claim {self.claim!r} is {self.state!r} without a figure (got {self.figure})")
 
 
+def unmeasured(claims: Sequence[Claim], reason: str) -> list[Finding]:
+    """A finding for each of the claims, but for those that wait anyway: not measured, for this reason."""
+    return [Finding(claim.id, "not measured", reason=reason) for claim in claims if not claim.waits]
+
+
 def verdict(condition: Any) -> State:
     """The state of a claim that was measured."""
     return "holds" if condition else "does not hold"

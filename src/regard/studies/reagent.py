@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "reagent"
 MODEL = "testbed:lists"
@@ -71,23 +71,22 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
 
     from regard.studies.circuit_reuse import answered, inputs_of
     from regard.studies.testbed import below_gate, not_shipped
-    from regard.tasks.batch import Batch
     from regard.tasks.lists import ColouredObjects
     from regard.tasks.testbeds import load
 
     if reason := not_shipped(model):
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     loaded = load(model, device=device)
     if reason := below_gate(loaded):
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     generator = torch.Generator().manual_seed(seed)
     task, n = ColouredObjects(ITEMS), PROMPTS[size]
     drawn = task.batch(4 * n, generator)
     keep = answered(loaded.model, drawn).nonzero()[:n, 0]
     if len(keep) < n:
         reason = f"the model answers only {len(keep)} of {4 * n} lists of {ITEMS} rightly, {n} are needed"
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
-    batch = Batch(drawn.input_ids[keep], drawn.labels[keep], {k: v[keep] for k, v in drawn.spans.items()})
+        return unmeasured(CLAIMS, reason)
+    batch = drawn[keep]
     inputs, answer = inputs_of(loaded.model, batch), batch.input_ids[:, -1].to(device)
     scores = {"reagent": replaced(loaded.model, inputs, answer, task, generator, seed)}
     for name in OTHERS if size == "full" else OTHERS[:1]:

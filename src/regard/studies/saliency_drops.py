@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "saliency-drops"
 MODEL = "testbed:vlm"
@@ -83,7 +83,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     draws = [judged(eye, TOKENS[size], seed + 1000 * d) for d in range(DRAWS[size])]
     dense = _dense(eye, draws[0])
     if reason := below_gate(eye.loaded, "caption_f1", "chair_i", "partner"):
-        return [dense] + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:] if not c.waits]
+        return [dense, *unmeasured(CLAIMS[1:], reason)]
     curve = stopped(eye, CAPTIONS[size], seed + 9)
     return [
         dense,

@@ -18,7 +18,7 @@ import numpy as np
 
 from regard.studies import evidence
 from regard.studies.circuit_reuse import answered, gap, inputs_of, prompts
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "talking-heads"
 MODEL = "testbed:lists"
@@ -78,7 +78,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     from regard.watch.anatomy import anatomy
 
     if reason := not_shipped(model):
-        return [Finding(c.id, "not measured", reason=reason) for c in CLAIMS if not c.waits]
+        return unmeasured(CLAIMS, reason)
     loaded = load(model, device=device)
     parts = anatomy(loaded.model)
     heads = [(layer, head) for layer in range(len(parts)) for head in range(parts.heads[layer] or 0)]
@@ -86,12 +86,12 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     best, whole, which = pair_scores(parts, heads, matrices)
     found = [_scores(matrices, heads, best, whole, which, seed)]
     if reason := below_gate(loaded, "indirect_object"):
-        return found + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:] if not c.waits]
+        return found + unmeasured(CLAIMS[1:], reason)
     generator = torch.Generator().manual_seed(seed)
     clean, corrupt = prompts(loaded.model, IndirectObject(), PROMPTS[size], generator)
     if len(clean) < PROMPTS[size]:
         reason = f"too few prompts that the model answers rightly, clean and corrupted: {len(clean)} of {PROMPTS[size]}"
-        return found + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:] if not c.waits]
+        return found + unmeasured(CLAIMS[1:], reason)
     effects = pair_effects(loaded.model, heads, clean, corrupt)
     found.append(_components(best, whole, effects, seed))
     if reason := below_gate(loaded):

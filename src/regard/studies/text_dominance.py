@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "text-dominance"
 MODEL = "testbed:vlm"
@@ -79,7 +79,7 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     plain = [watched(eye, probes) for probes in draws]
     identity = _identity(plain[0])
     if reason := below_gate(eye.loaded):
-        return [identity] + [Finding(c.id, "not measured", reason=reason) for c in CLAIMS[1:] if not c.waits]
+        return [identity, *unmeasured(CLAIMS[1:], reason)]
     diluted = [watched(eye, probes, copies(eye, len(probes))) for probes in draws]
     single = [watched(eye, probes, chunk=1) for probes in draws]
     alone = float(np.mean([by_averaging(w.heads, REPEATS) for w in single]))

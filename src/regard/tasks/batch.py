@@ -53,10 +53,10 @@ class Batch:
         """The samples, each as a batch of one."""
         return (self[i : i + 1] for i in range(len(self)))
 
-    def __getitem__(self, rows: slice) -> Batch:
-        """Some of the samples, as a batch."""
-        if not isinstance(rows, slice):
-            raise TypeError(f"a Batch is indexed by slices of its samples, got {type(rows).__name__}")
+    def __getitem__(self, rows: slice | Int[Tensor, "rows"]) -> Batch:
+        """Some of the samples, as a batch: a slice of them, or their numbers."""
+        if not isinstance(rows, (slice, Tensor)):
+            raise TypeError(f"a Batch is indexed by slices of its samples or tensors, got {type(rows).__name__}")
         assert self.valid is not None
         return Batch(
             self.input_ids[rows],
