@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CASES = {"induction": "repeated", "retrieval": "needle"}
-KINDS = ("zero", "uniform")
+KINDS = ("zero", "uniform", "mean", "resample")
 LEAST = 5.0
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "roles.json")
     parser.add_argument("--show", action="store_true", help="measure nothing; print what is kept in --out")
     args = parser.parse_args()

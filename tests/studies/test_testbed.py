@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from regard.studies.testbed import below_gate, not_shipped
+from regard.studies.testbed import below_gate
 from regard.tasks.testbeds import Loaded
 
 
@@ -31,14 +31,3 @@ def test_a_gate_it_does_not_have_is_an_error(bed):
 
 def test_a_model_without_a_record_has_no_gates(tmp_path):
     assert below_gate(Loaded(None, None, str(tmp_path))) == ""
-
-
-def test_a_testbed_without_weights_is_not_ready(tmp_path, monkeypatch):
-    from regard.tasks import testbeds
-
-    monkeypatch.setitem(testbeds.TESTBEDS, "lists", tmp_path)
-    assert not_shipped("testbed:lists") == "testbed not ready: no weights of testbed:lists are shipped"
-    (tmp_path / "model.safetensors").touch()
-    assert not_shipped("testbed:lists") == ""
-    for other in ("testbed:none", "lists", str(tmp_path)):  # loading says what is wrong with those
-        assert not_shipped(other) == ""

@@ -75,12 +75,10 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     """Path patching on both tasks, then the overlaps, then longer lists with items kept from a few heads."""
     import torch
 
-    from regard.studies.testbed import below_gate, not_shipped
+    from regard.studies.testbed import below_gate
     from regard.tasks.lists import ColouredObjects, IndirectObject
     from regard.tasks.testbeds import load
 
-    if reason := not_shipped(model):
-        return unmeasured(CLAIMS, reason)
     loaded = load(model, device=device)
     if reason := below_gate(loaded):
         return unmeasured(CLAIMS, reason)

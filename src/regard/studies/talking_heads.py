@@ -72,13 +72,11 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str = MO
     """Scores of every pair of heads, effects of every path, then longer lists under a scaled component."""
     import torch
 
-    from regard.studies.testbed import below_gate, not_shipped
+    from regard.studies.testbed import below_gate
     from regard.tasks.lists import IndirectObject
     from regard.tasks.testbeds import load
     from regard.watch.anatomy import anatomy
 
-    if reason := not_shipped(model):
-        return unmeasured(CLAIMS, reason)
     loaded = load(model, device=device)
     parts = anatomy(loaded.model)
     heads = [(layer, head) for layer in range(len(parts)) for head in range(parts.heads[layer] or 0)]

@@ -14,14 +14,6 @@ from regard.tasks.gates import dense
 from regard.tasks.testbeds import PREFIX, TESTBEDS, Loaded
 
 
-def not_shipped(model: str) -> str:
-    """Why a testbed of the package cannot be loaded, as a reason not to measure; empty where it can."""
-    name = model.removeprefix(PREFIX)
-    if not model.startswith(PREFIX) or name not in TESTBEDS or (TESTBEDS[name] / "model.safetensors").exists():
-        return ""
-    return f"testbed not ready: no weights of {model} are shipped"
-
-
 def below_gate(loaded: Loaded, *gates: str) -> str:
     """Which of the gates a testbed misses, as a reason not to measure; empty for none and for models without gates.
 
