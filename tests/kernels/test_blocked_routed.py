@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import regard
-from regard.kernels import routed_flash, routed_keep, routed_kinds, routed_math, routed_spans
+from regard.kernels import (
+    routed_columns,
+    routed_columns_flash,
+    routed_flash,
+    routed_keep,
+    routed_kinds,
+    routed_math,
+    routed_spans,
+    routed_tiles,
+)
 from regard.kernels.attend import attend
 from regard.kernels.request import make_request
 from regard.kernels.routed_tiles import make_tiles
@@ -90,6 +99,73 @@ def compare(routed, batch, heads, kv_heads, g, dim=8, v_dim=8, **kwargs):
         found.append([*got, *torch.autograd.grad(loss, inputs)])
     for mine, its in zip(*found, strict=True):
         near(mine.detach(), its.detach(), 1e-10)
+
+
+def chosen(kind: str, length: int = 512):
+    """Decisions of single queries, one for two heads: three blocks of 16, or a span and a window."""
+    g = torch.Generator().manual_seed(0)
+    if kind == "blocks":
+        index, count = to_index(torch.rand(1, 2, length, length // 16, generator=g) < 3 / (length // 16))
+        return Routed.blocks(index, count, block=(1, 16), q_len=length, kv_len=length, heads=4, within=Causal())
+    start = torch.randint(0, length, (1, 2, length, 1), generator=g)
+    return Routed.spans(
+        start, (start + 40).clamp(max=length), q_len=length, kv_len=length, heads=4, within=Causal(), keep=Window(5)
+    )
+
+
+@pytest.mark.parametrize("kind", ["blocks", "spans"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_short_rows_are_put_together_by_the_block_they_share(kind, dtype):
+    g = torch.Generator().manual_seed(1)
+    routed = chosen(kind)
+    q, k, v = (torch.randn(2, h, 512, 16, generator=g).to(dtype) for h in (4, 2, 2))
+    tiles = make_tiles(routed, 2, 4, 2)
+    assert tiles.units.shared == 2
+    assert tiles.columns is not None
+    assert "by block of keys" in regard.explain(q, k, v, routed).order
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, lse = attend(q, k, v, routed, return_lse=True, backend="blocked")
+    want, want_lse = attended(q.double(), k.double(), v.double(), routed, q_start=0)
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    near(out.detach(), want.detach(), tolerance)
+    near(lse.detach(), want_lse.detach(), tolerance)
+    weight = torch.randn(out.shape, generator=g)
+    for mine, its in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (out, want)), strict=True):
+        near(mine, its.double(), 20 * tolerance)
+
+
+def test_few_queries_and_long_rows_stay_together():
+    """Decoding, rows of many queries, and blocks that few list are tiles of queries."""
+    g = torch.Generator().manual_seed(0)
+    index, count = to_index(torch.rand(1, 2, 64, 64, generator=g) < 0.05)
+    spread = Routed.blocks(index, count, block=(1, 16), q_len=64, kv_len=1024)
+    assert make_tiles(spread, 1, 2, 2).columns is None
+    step = Routed.blocks(torch.arange(4).view(1, 1, 1, 4).expand(1, 2, 1, 4), block=(1, 16), q_len=1, kv_len=512)
+    assert make_tiles(step, 1, 2, 2).columns is None
+    q = torch.randn(1, 2, 512, 8, generator=g)
+    assert make_tiles(BlockTopK(64, select=topk(3))(q, q, within=Causal()), 1, 2, 2).columns is None
+
+
+@given(
+    case=routes(),
+    room=st.sampled_from([1, 1 << 10, 1 << 22]),
+    long=st.sampled_from([1, 3, 1 << 11]),
+    results=st.sampled_from([1, 64, 1 << 18]),
+    block=st.sampled_from([3, 16, 64]),
+)
+def test_any_route_block_by_block(case, room, long, results, block):
+    """Short rows put together by the block of keys they share: the same outputs, lse and gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routed_tiles, "SHORT", 1 << 30)
+        patch.setattr(routed_tiles, "BLOCK", block)
+        patch.setattr(routed_spans, "BLOCK", block)
+        patch.setattr(routed_columns, "MANY", 0)
+        patch.setattr(routed_columns, "WIDE", 1)
+        patch.setattr(routed_columns, "LONG", long)
+        patch.setattr(routed_columns, "RESULTS", results)
+        patch.setattr(routed_columns_flash, "ROOM", room)
+        compare(*case)
 
 
 @given(case=routes(), room=st.sampled_from([1, 1 << 10, 1 << 22]), softcap=st.sampled_from([None, None, 2.0]))

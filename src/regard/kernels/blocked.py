@@ -126,15 +126,23 @@ def _describe_routed(r: Request, routed: Routed) -> dict[str, Any]:
     width = (r.head_dim + r.v_dim) * r.q.element_size()
     own = r.batch * (r.heads * r.q_len + r.kv_heads * r.kv_len) * width  # q and out, k and v
     listed, full = tiles.listed
+    order = "slots" if routed.ordered else "memory order"
+    pairs, moved = tiles.pairs, 2 * tiles.gathered * width
+    columns = tiles.columns if _fused(r) else None
+    if columns is not None:  # queries are copied to their keys, and a result of each block from there
+        order += ", by block of keys"
+        each = tiles.units.strips // tiles.units.lists * tiles.units.shared * tiles.size
+        pairs = each * columns.queries * columns.block
+        moved = 2 * each * columns.queries * width
     return {
         "kernel": "flash attention of the CPU" if _fused(r) else "plain PyTorch",
-        "order": "slots" if routed.ordered else "memory order",
+        "order": order,
         "block": [routed.block],
         "blocks": listed,
         "full": full,
-        "computed": tiles.pairs,
-        "operations": 2 * (r.head_dim + r.v_dim) * tiles.pairs,
-        "bytes": own + 4 * r.batch * r.heads * r.q_len + 2 * tiles.gathered * width,
+        "computed": pairs,
+        "operations": 2 * (r.head_dim + r.v_dim) * pairs,
+        "bytes": own + 4 * r.batch * r.heads * r.q_len + moved,
     }
 
 

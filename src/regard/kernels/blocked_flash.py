@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.kernels import routed_flash
+from regard.kernels import routed_columns_flash, routed_flash
 from regard.kernels.blocked_plan import Batch
 from regard.kernels.blocked_strips import Call, Strip, flat, strips
 from regard.kernels.blocked_tiles import add_other, additive, allowed, put_anchor, take
@@ -92,7 +92,8 @@ def _grouped(q: Tensor, *others: Tensor) -> list[Tensor]:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of float tensors whose heads are all equally wide."""
     if call.tiles is not None:
-        return routed_flash.forward(q, k, v, call.tiles, call.scale)
+        routed = routed_flash if call.tiles.columns is None else routed_columns_flash
+        return routed.forward(q, k, v, call.tiles, call.scale)
     causal = whole(call)
     if causal is not None:
         inputs = [row_major(x) for x in (q, k, v)] if q.shape[1] == k.shape[1] else _grouped(q, k, v)
@@ -172,7 +173,8 @@ def backward(
         q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # weights of a row without a key: exp(s - inf) = 0
     if call.tiles is not None:
-        grads = routed_flash.backward(q, k, v, out, lse, d_out, call.tiles, call.scale)
+        routed = routed_flash if call.tiles.columns is None else routed_columns_flash
+        grads = routed.backward(q, k, v, out, lse, d_out, call.tiles, call.scale)
         dq, dk, dv = (g[..., :width].to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
         return dq, dk, dv
     causal = whole(call)

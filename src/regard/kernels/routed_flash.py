@@ -133,7 +133,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> tupl
             kt, vt = (_side_by_side(x, tiles, run, batch.n) for x in (k_flat, v_flat))
             o, s = _flash(rows.view(at)[:, mine], kt, vt, 0.0, False, scale=scale)
             out.view(at)[:, mine], lse.view(at[:-1])[:, mine] = o, s
-    for chunk in replace(tiles, batches=left).chunks(work.room, q.device):
+    for chunk in tiles.chunks(work.room, q.device, left):
         kt, vt = work.gather(chunk, k_flat, v_flat)
         o, s = _flash(_take(rows, chunk.tiles)[:, None], kt, vt, 0.0, False, attn_mask=work.masks(chunk), scale=scale)
         o, s = o[:, 0], s[:, 0]

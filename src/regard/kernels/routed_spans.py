@@ -6,20 +6,25 @@ padded. Where the queries of a row differ in what they may see, the pairs of a c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regard.kernels.routed_rows import Batch, Units, classes, each
+from regard.kernels.routed_entries import Listed, Units, classes, each
+from regard.kernels.routed_kinds import FULL
+from regard.kernels.routed_rows import Batch
 from regard.patterns import intervals as iv
 from regard.patterns.decided import Routed
 from regard.patterns.pattern import Pattern
 
-__all__ = ["SpanBatch", "span_batches"]
+__all__ = ["BLOCK", "SpanBatch", "span_batches", "span_entries"]
 
+BLOCK = 64  # keys in which spans are put together
 WASTE = 16  # a row is padded by at most a part in so many
 
 
@@ -94,8 +99,19 @@ class SpanBatch(Batch):
         return (found & real).expand(-1, self.size, -1)
 
 
-def span_batches(routed: Routed, units: Units) -> list[Batch]:
-    """The batches of a route of spans."""
+class _Class(NamedTuple):
+    """Rows of the lists that one `within` and one `keep` hold for."""
+
+    within: Pattern | None
+    keep: Pattern | None
+    rows: Tensor  # int64 [rows], list * rows a list + row
+    spans: Tensor  # [rows, width, 2], as given
+    sets: Tensor  # [rows, m, 2], disjoint, in order: what some query of the row sees
+    counts: Tensor  # [rows] keys of those
+    even: Tensor  # bool [rows]: every query of the row sees them
+
+
+def _classes(routed: Routed, units: Units) -> Iterator[_Class]:
     assert routed.start is not None
     assert routed.stop is not None
     lead, n_rows, kv_len = (units.samples, units.decisions), routed.n_rows, routed.kv_len
@@ -104,22 +120,58 @@ def span_batches(routed: Routed, units: Units) -> list[Batch]:
     spans = spans.reshape(units.lists, n_rows, routed.start.shape[3], 2)
     first = routed.q_start + torch.arange(n_rows) * size
     last = (first + size).clamp(max=routed.q_start + routed.q_len)
-    found: list[Batch] = []
     for (within, keep), members in classes(routed, units).items():
         own = spans[torch.tensor(members)].flatten(0, 1)
         most = least = iv.clip(own, kv_len)  # what any and what every query of the row sees
-        exact = size == 1
         sets = [None if p is None else _rows(p, first, last, kv_len) for p in (keep, within)]
-        exact = exact and all(s is None or s[2] for s in sets)
+        exact = size == 1 and all(s is None or s[2] for s in sets)
         for join, theirs in zip((iv.union, iv.intersect), sets, strict=True):
             if theirs is not None:
                 some, every = (s.repeat(len(members), 1, 1) for s in theirs[:2])
-                most, least = join(most, some, kv_len), join(least, every, kv_len)
+                most, least = join(most, some, kv_len), least if exact else join(least, every, kv_len)
         counts = iv.length(most)
-        even = torch.full_like(counts, exact, dtype=torch.bool) | (iv.length(least) == counts)
+        even = torch.ones_like(counts, dtype=torch.bool) if exact else iv.length(least) == counts
         rows = (torch.tensor(members)[:, None] * n_rows + torch.arange(n_rows)).flatten()
-        found += _batches(routed, size, (within, keep), rows, own, most, counts, even)
-    return found
+        yield _Class(within, keep, rows, own, most, counts, even)
+
+
+def span_batches(routed: Routed, units: Units) -> list[Batch]:
+    """The batches of a route of spans."""
+    size = min(routed.block[0], routed.q_len)
+    return [batch for c in _classes(routed, units) for batch in _batches(routed, size, c)]
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """Masks of the blocks that a span begins or ends in: kind ``lo (block + 1) + hi`` allows keys lo to hi - 1."""
+
+    block: int
+
+    @cached_property
+    def _table(self) -> Tensor:
+        lo, hi, at = (torch.arange(n) for n in (self.block + 1, self.block + 1, self.block))
+        return ((lo[:, None, None] <= at) & (at < hi[:, None])).flatten(0, 1)
+
+    def masks(self, kinds: np.ndarray) -> Tensor:
+        """Bool ``[*kinds, 1, block]``."""
+        return self._table[torch.from_numpy(kinds)][..., None, :]
+
+
+def span_entries(routed: Routed, units: Units) -> Listed | None:
+    """The blocks of `BLOCK` keys that spans lie in; None where the queries of a row differ in what they see."""
+    parts = []
+    for c in _classes(routed, units):
+        if not bool(c.even.all()):
+            return None
+        lo, hi = (x.numpy() for x in c.sets.unbind(-1))
+        row, span = np.nonzero(lo < hi)
+        lo, hi, row = lo[row, span], hi[row, span], c.rows.numpy()[row]
+        n = (hi - 1) // BLOCK - lo // BLOCK + 1
+        lo, hi, row = (np.repeat(x, n) for x in (lo, hi, row))
+        col = lo // BLOCK + np.arange(len(row)) - np.repeat(np.cumsum(n) - n, n)
+        a, b = np.maximum(lo - col * BLOCK, 0), np.minimum(hi - col * BLOCK, BLOCK)
+        parts.append((row, col, np.where(b - a == BLOCK, FULL, a * (BLOCK + 1) + b)))
+    return Listed(parts, _Edges(BLOCK))
 
 
 def _rows(pattern: Pattern, first: Tensor, last: Tensor, kv_len: int) -> tuple[Tensor, Tensor, bool]:
@@ -133,17 +185,9 @@ def _rows(pattern: Pattern, first: Tensor, last: Tensor, kv_len: int) -> tuple[T
     return iv.clip(found.any, kv_len), iv.clip(found.all, kv_len), found.exact[0]
 
 
-def _batches(
-    routed: Routed,
-    size: int,
-    inside: tuple[Pattern | None, Pattern | None],
-    rows: Tensor,
-    spans: Tensor,
-    sets: Tensor,
-    counts: Tensor,
-    even: Tensor,
-) -> list[Batch]:
+def _batches(routed: Routed, size: int, of: _Class) -> list[Batch]:
     """Rows by their number of keys, rounded up, those whose queries differ apart."""
+    sets, counts, even = of.sets, of.counts, of.even
     step = torch.clamp(counts // WASTE, min=1)
     step = 2 ** step.double().log2().floor().long()
     padded = -(-counts // step) * step
@@ -156,14 +200,14 @@ def _batches(
         width = max(1, int((sets[at, :, 1] > sets[at, :, 0]).sum(1).max()))
         found.append(
             SpanBatch(
-                rows[at],
+                of.rows[at],
                 size,
                 sets[at, :width],
                 counts[at],
                 int(padded[at[0]]),
-                inside[0],
-                inside[1],
-                spans[at] if differ else None,
+                of.within,
+                of.keep,
+                of.spans[at] if differ else None,
                 routed,
             )
         )

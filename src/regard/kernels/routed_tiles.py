@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.kernels.routed_rows import Batch, Units, block_batches, sizes, slots, units_of
-from regard.kernels.routed_spans import span_batches
+from regard.kernels.routed_columns import SHORT, Columns, make_columns, pays
+from regard.kernels.routed_entries import Listed, Units, block_entries, sizes, slots, units_of
+from regard.kernels.routed_rows import Batch, block_batches
+from regard.kernels.routed_spans import BLOCK, span_batches, span_entries
 from regard.patterns.decided import Routed
 
 __all__ = ["Chunk", "Tiles", "make_tiles"]
@@ -55,11 +57,31 @@ class Tiles:
 
     routed: Routed
     units: Units
-    batches: list[Batch]
+    blocks: Listed | None  # None: spans
     n_rows: int
     size: int
     q_slots: int
     kv_slots: int
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Rows of queries with the keys that they were given."""
+        if self.blocks is None:
+            return span_batches(self.routed, self.units)
+        return block_batches(self.blocks, self.units.lists * self.n_rows, sizes(self.routed), self.kv_slots)
+
+    @cached_property
+    def columns(self) -> Columns | None:
+        """Blocks of keys with the queries that they were given to, where those are the better tiles."""
+        if self.units.shared * self.size >= SHORT:
+            return None
+        listed, block = self.blocks, sizes(self.routed)[1]
+        if listed is None:
+            listed, block = span_entries(self.routed, self.units), BLOCK
+        if listed is None or not pays(listed, self.units, self.size, block):
+            return None
+        shape = (self.n_rows, -(-self.kv_slots // block))
+        return make_columns(listed, self.units, shape, self.size, block, self.kv_slots)
 
     @property
     def pairs(self) -> int:
@@ -80,15 +102,17 @@ class Tiles:
         return each * sum(n for n, _ in found), each * sum(full for _, full in found)
 
     @cached_property
-    def _strips(self) -> tuple[Tensor, Tensor]:
+    def strips(self) -> tuple[Tensor, Tensor]:
         """The strips of each list ``[lists, strips of each]``, and the flat kv head of each strip."""
         lists, kv = self.units.of_strips()
         return lists.argsort(stable=True).view(self.units.lists, -1), kv
 
-    def chunks(self, room: Callable[[Batch], int], device: torch.device) -> Iterator[Chunk]:
-        """All tiles, `room(batch)` of them at once."""
-        strips, kv = self._strips
-        for batch in self.batches:
+    def chunks(
+        self, room: Callable[[Batch], int], device: torch.device, batches: list[Batch] | None = None
+    ) -> Iterator[Chunk]:
+        """All tiles, or those of some batches, `room(batch)` of them at once."""
+        strips, kv = self.strips
+        for batch in self.batches if batches is None else batches:
             step = max(1, room(batch))
             shared = None if batch.masked else _on(batch.allow(slice(0, 1)), device)
             lists, row = batch.rows // self.n_rows, batch.rows % self.n_rows
@@ -107,7 +131,7 @@ class Tiles:
     def tokens(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample ``[tiles]``, heads ``[tiles, shared]``, queries (from 0) ``[tiles, shared, size]`` and keys
         ``[tiles, shared, n]`` of a chunk; padding stands for the last one, or for 0 in an order."""
-        u, kv = self.units, self._strips[1]
+        u, kv = self.units, self.strips[1]
         first = chunk.strip * u.shared
         b, heads = first // u.heads, (first % u.heads)[:, None] + torch.arange(u.shared)
         q = (chunk.row[:, None] * self.size + torch.arange(self.size)).clamp(max=self.q_slots - 1)
@@ -150,5 +174,5 @@ def make_tiles(routed: Routed, batch: int, heads: int, kv_heads: int) -> Tiles:
     """The tiles of a call of so many samples and heads; kv heads as the slots have them."""
     units = units_of(routed, batch, heads, kv_heads)
     (q_slots, kv_slots), (size, _) = slots(routed), sizes(routed)
-    batches = block_batches(routed, units) if routed.index is not None else span_batches(routed, units)
-    return Tiles(routed, units, batches, routed.n_rows, size, q_slots, kv_slots)
+    blocks = None if routed.index is None else block_entries(routed, units)
+    return Tiles(routed, units, blocks, routed.n_rows, size, q_slots, kv_slots)

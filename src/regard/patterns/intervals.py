@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["clip", "complement", "intersect", "length", "union"]
 
+FEW = 16  # intervals that are met each with each
+
 
 def clip(sets: Int[Tensor, "rows m 2"], limit: int) -> Int[Tensor, "rows m_out 2"]:
     """Clip to ``[0, limit)``, drop empties, sort, and merge what overlaps or abuts. Sets in order are not sorted."""
@@ -55,7 +57,11 @@ def complement(a: Int[Tensor, "rows m 2"], limit: int) -> Int[Tensor, "rows k 2"
 
 
 def intersect(a: Int[Tensor, "rows m 2"], b: Int[Tensor, "rows n 2"], limit: int) -> Int[Tensor, "rows k 2"]:
-    """What is in both sets."""
+    """What is in both sets (which must be sorted and disjoint, as ``clip`` leaves them)."""
+    if a.shape[1] * b.shape[1] <= FEW:  # each interval with each, which come out in order
+        lo = torch.maximum(a[:, :, None, 0], b[:, None, :, 0])
+        hi = torch.minimum(a[:, :, None, 1], b[:, None, :, 1])
+        return clip(torch.stack([lo, hi], -1).flatten(1, 2), limit)
     return complement(union(complement(a, limit), complement(b, limit), limit), limit)
 
 
