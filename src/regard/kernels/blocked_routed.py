@@ -67,22 +67,40 @@ def out_of_slots(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tenso
     assert routed.q_order is not None
     batch, heads, slots, width = out.shape
     at = listed.places(routed.q_order.to(out.device), routed.q_len)  # [b, r, q_len, most]
-    rows = _rows(at, batch, heads, slots)
-    there = (at >= 0).repeat_interleave(heads // at.shape[1], 1).expand(batch, -1, -1, -1)
-    found = out.reshape(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
-    if at.shape[-1] == 1 and bool((at >= 0).all()):  # a slot for each token: nothing to merge
-        each = None if lse is None or routed.repeats == "mean" else lse.reshape(-1).index_select(0, rows.flatten())
-        return found[..., 0, :], None if each is None else each.view(rows.shape[:-1])
-    if routed.repeats == "mean":
-        weight = there.to(torch.promote_types(found.dtype, torch.float32))
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-        return (found * weight[..., None].to(found.dtype)).sum(-2), None
-    if lse is None:
-        return (found * there[..., None].to(found.dtype)).sum(-2), None
-    each = lse.reshape(-1).index_select(0, rows.flatten()).view(rows.shape).masked_fill(~there, -torch.inf)
-    some = (each.detach() != -torch.inf).any(-1)
-    finite = torch.where(some[..., None], each, 0)
-    total = torch.logsumexp(finite, -1)
-    share = torch.where(some[..., None], (finite - total[..., None]).exp(), 0)
-    merged = (found * share[..., None].to(found.dtype)).sum(-2)
-    return merged.to(out.dtype), torch.where(some, total, -torch.inf)
+    lse = None if routed.repeats == "mean" else lse
+    shape = (batch, heads, routed.q_len)
+    rows = _rows(at, batch, heads, slots).view(-1, at.shape[-1])
+    flat, sums = out.reshape(-1, width), None if lse is None else lse.reshape(-1)
+    counts = (at >= 0).sum(-1).repeat_interleave(heads // at.shape[1], 1).expand(batch, -1, -1).flatten()
+    # tokens with as many slots go together, so that none is copied for nothing
+    order = counts.argsort(stable=True)
+    found = [
+        _joined(flat, sums, rows.index_select(0, tokens)[:, :c], routed.repeats == "mean")
+        for c, tokens in enumerate(order.split(torch.bincount(counts).tolist()))
+        if len(tokens)
+    ]
+    if len(found) == 1:  # in the order of tokens
+        o, s = found[0]
+    else:
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        o = torch.cat([x for x, _ in found]).index_select(0, back)
+        s = None if sums is None else torch.cat([x for _, x in found if x is not None]).index_select(0, back)
+    return o.view(*shape, width), None if s is None else s.view(shape)
+
+
+def _joined(out: Tensor, lse: Tensor | None, rows: Tensor, mean: bool) -> tuple[Tensor, Tensor | None]:
+    """Of tokens that have the slots ``rows [tokens, c]``; -inf and 0 for those without."""
+    n, c = rows.shape
+    if c == 0:
+        return out.new_zeros(n, out.shape[-1]), None if lse is None else lse.new_full((n,), -torch.inf)
+    o = out.index_select(0, rows.flatten()).view(n, c, -1)
+    s = None if lse is None else lse.index_select(0, rows.flatten()).view(n, c)
+    if c == 1:
+        return o[:, 0], None if s is None else s[:, 0]
+    if s is None:
+        return (o.mean(1) if mean else o.sum(1)), None
+    some = (s.detach() != -torch.inf).any(-1)
+    total = torch.logsumexp(torch.where(some[:, None], s, 0), -1)
+    share = torch.where(some[:, None], (s - total[:, None]).exp(), 0)
+    merged = (o.to(share.dtype) * share[..., None]).sum(1).to(out.dtype)
+    return merged, torch.where(some, total, -torch.inf)
