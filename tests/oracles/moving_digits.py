@@ -17,14 +17,13 @@ def path(start, velocity, room, frames):
 def render(shape, kind, glyph, start, velocity, canvas):
     """One scene [frames, height, width]."""
     frames, height, width = shape
-    side = glyph.shape[-1]
     video = canvas.expand(shape).clone()
     for o in range(len(kind)):
-        rows = path(int(start[o, 0]), int(velocity[o, 0]), height - side, frames)
-        columns = path(int(start[o, 1]), int(velocity[o, 1]), width - side, frames)
+        rows = path(int(start[o, 0]), int(velocity[o, 0]), height - 8, frames)
+        columns = path(int(start[o, 1]), int(velocity[o, 1]), width - 8, frames)
         for f in range(frames):
-            for y in range(side):
-                for x in range(side):
+            for y in range(8):
+                for x in range(8):
                     r, c = rows[f] + y, columns[f] + x
                     video[f, r, c] = max(float(video[f, r, c]), float(glyph[o, y, x]))
     return video

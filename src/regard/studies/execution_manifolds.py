@@ -6,7 +6,8 @@ and any random walk is low-dimensional too, so the dimension counts only below b
 differences of two plain SGD steps in both orders, in float64, from the weights the path passes through.
 
 At the smoke size nothing is learned: one layer without an MLP reads a sum of what each value gives, and no such sum has
-its largest entry at a + b modulo C for all a and b. Its findings are of the path of training alone, and say so.
+its largest entry at a + b modulo C for all a and b. Its findings are of the path of training alone, and say so; what
+features of an autoencoder hold is judged at full size. Its constants are those of `attention_saes`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from regard.studies import evidence
-from regard.studies.protocol import Claim, Finding, verdict
+from regard.studies.protocol import Claim, Finding, unmeasured, verdict
 
 PAPER = "execution-manifolds"
 MODEL = None
@@ -54,6 +55,24 @@ CLAIMS = [
         ours="share of the energy outside, all of training",
         holds_if="above 0.92",
     ),
+    Claim(
+        "routing",
+        "sparse features tell which tokens are marked",
+        kind="mechanism",
+        paper="autoencoders capture auxiliary routing structure",
+        ours="AUC of the strongest of ten features for the rows of marked values, in the layer whose heads the sum "
+        "needs most; features are chosen on other sequences, as is the baseline, the best of as many random directions",
+        holds_if="at least 0.95",
+    ),
+    Claim(
+        "execution",
+        "no few sparse features hold the sum",
+        kind="mechanism",
+        paper="autoencoders fail to isolate execution",
+        ours="accuracy lost without the ten features that tell marked rows best, over what is lost with the layer's "
+        "heads at their mean; the baseline is the same of ten random active features",
+        holds_if="at most 0.5",
+    ),
 ]
 # (layers, dim, heads, steps), marked values, seeds.
 SHAPE = {"smoke": (1, 32, 4, 300), "full": (2, 128, 4, 3000)}
@@ -64,6 +83,7 @@ ORDER_LR, PAIRS, RANDOM, EARLY = 1e-3, 2, 5, 0.2
 SHARE = 0.95
 LEARNED = 0.9  # accuracy below which the findings say that they are of a model which has not learned the sum
 PART = "blocks.{}.attention.*_proj.weight"
+FEATURES, LAMBDA, SAE_STEPS, TAKEN, SEQUENCES = 512, 3.0, 4000, 10, (320, 500)
 
 
 def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str | None = None) -> list[Finding]:
@@ -82,7 +102,12 @@ def run(size: str = "smoke", device: str = "cpu", seed: int = 0, model: str | No
         f"{what}, {layers} layer{'s' * (layers > 1)}, dim {dim}, {steps} steps, {SEEDS} seeds; accuracy on new "
         f"sequences {reached}, chance {1 / MODULUS:.2f}{'' if learned else ': THE SUM IS NOT LEARNED'}"
     )
-    return [_commutator(runs[0]), _dimension(judged, told), _inside(judged, told), _outside(judged, told)]
+    found = [_commutator(runs[0]), _dimension(judged, told), _inside(judged, told), _outside(judged, told)]
+    if size == "smoke" or not learned:
+        reason = "needs a model that has learned the sum, of size full" if size == "smoke" else told
+        return found + unmeasured(CLAIMS[-2:], reason)
+    coded = [features(r, device) for r in runs]
+    return [*found, _routing(coded, told), _execution(coded, told)]
 
 
 def trained(markers: int, layers: int, dim: int, heads: int, steps: int, seed: int, device: str) -> dict[str, Any]:
@@ -263,3 +288,74 @@ def _outside(judged: list[dict[str, Any]], told: str) -> Finding:
     least = min(1 - max(j["inside"]) for j in judged)
     reason = f"{told}; least of any commutator {least:.3f}; of a random direction it is {chance:.4f}"
     return Finding("outside", verdict(figure > 0.92), figure, interval, 0.0, 1.0, chance, reason)
+
+
+def features(made: dict[str, Any], device: str) -> dict[str, Any]:
+    """An autoencoder of the layer that the sum needs most: what its features tell, and what is lost without some."""
+    import torch
+
+    from regard.train.sae import SAE, train_sae
+    from regard.watch.anatomy import anatomy
+    from regard.watch.intervene import Edit, Site, intervene, trace
+
+    network, seed = made["network"].eval(), made["seed"]
+    generator = torch.Generator().manual_seed(104729 * (seed + 1))
+    training, test = (made["task"].batch(n, generator) for n in SEQUENCES)
+    shown = [{"ids": b.input_ids[:, :-1].to(device)} for b in (training, test)]
+    parts = anatomy(network, {"ids": shown[0]["ids"][:2]})
+    sites = [Site(layer, "z") for layer in range(len(parts))]
+    before, now = (trace(network, x, sites, anatomy=parts) for x in shown)
+
+    def accuracy(site: Any, z: Any) -> float:
+        with torch.no_grad(), intervene(network, Edit(site, "set", value=z), anatomy=parts):
+            right = network(**shown[1])[:, -1].argmax(-1).cpu() == test.input_ids[:, -1]
+        return float(right.double().mean())
+
+    means = {s: accuracy(s, before[s].mean((0, 2), keepdim=True).expand_as(now[s])) for s in sites}
+    site = min(sites, key=lambda s: means[s])
+    whole = accuracy(site, now[site])
+    heads = now[site].shape[1]
+    known, z = rows = [x[site].transpose(1, 2).flatten(2) for x in (before, now)]
+    sae = train_sae(known.flatten(0, 1), FEATURES, LAMBDA, steps=SAE_STEPS, seed=seed)
+    marked = [b.groups["values"][:, :-1].flatten().numpy() for b in (training, test)]
+    random = SAE(z.shape[-1], FEATURES, generator).to(device)
+    with torch.no_grad():
+        coded, drawn = ([f(x).flatten(0, 1).double().cpu().numpy() for x in rows] for f in (sae.encode, random.before))
+    best = np.argsort(-_aucs(coded[0], marked[0]))[:TAKEN]
+    direction = int(np.argmax(_aucs(drawn[0], marked[0])))
+
+    def without(chosen: Any) -> float:
+        left = sae.without(z, torch.tensor([int(n) for n in chosen], device=device))
+        return accuracy(site, left.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+    others = [n for n in np.flatnonzero((coded[1] > 0).any(0)).tolist() if n not in best]
+    sets = evidence.random_equal(others, TAKEN, seed=seed)
+    lost = whole - means[site]
+    return {
+        "seed": seed, "layer": site.layer, "l0": sae.l0(z), "accuracy": whole, "mean": means[site],
+        "auc": evidence.auc(coded[1][:, best].max(1), marked[1]),
+        "random_auc": evidence.auc(drawn[1][:, direction], marked[1]),
+        "lost": (whole - without(best)) / lost,
+        "random_lost": float(np.mean([(whole - without(d)) / lost for d in sets])),
+    }  # fmt: skip
+
+
+def _aucs(columns: Any, positive: Any) -> Any:
+    return np.array([evidence.auc(x, positive) for x in columns.T])
+
+
+def _routing(coded: list[dict[str, Any]], told: str) -> Finding:
+    figure, interval = over_seeds(coded, lambda c: c["auc"])
+    random, _ = over_seeds(coded, lambda c: c["random_auc"])
+    layers, active = "/".join(str(c["layer"]) for c in coded), np.mean([c["l0"] for c in coded])
+    reason = f"{told}; layers {layers}, {active:.1f} active features a row"
+    return Finding("routing", verdict(figure >= 0.95), figure, interval, 0.5, 1.0, random, reason, {"by_run": coded})
+
+
+def _execution(coded: list[dict[str, Any]], told: str) -> Finding:
+    figure, interval = over_seeds(coded, lambda c: c["lost"])
+    random, _ = over_seeds(coded, lambda c: c["random_lost"])
+    whole, mean = (np.mean([c[name] for c in coded]) for name in ("accuracy", "mean"))
+    each = ", ".join(f"{c['lost']:.2f}" for c in coded)
+    reason = f"{told}; heads at their mean take accuracy from {whole:.2f} to {mean:.2f}; single runs {each}"
+    return Finding("execution", verdict(figure <= 0.5), figure, interval, 0.0, 1.0, random, reason)

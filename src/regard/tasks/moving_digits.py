@@ -15,10 +15,10 @@ from torch import Tensor
 
 from regard.tasks.vision import Split, digits
 
-__all__ = ["GLYPH", "NULL", "SHAPES", "WORDS", "MovingDigits", "Scenes", "Videos", "prompt", "spell"]
+__all__ = ["NULL", "SHAPES", "SIDE", "WORDS", "MovingDigits", "Scenes", "Videos", "prompt", "spell"]
 
-#: Side of the digits and shapes as they are drawn; an object's side is a multiple of it.
-GLYPH = 8
+#: Side of an object in pixels.
+SIDE = 8
 SHAPES = ("square", "cross", "disc", "triangle")
 #: The words of a prompt: no object, the ten digits, the shapes; `NULL` stands for a prompt left out (guidance).
 WORDS = ("nothing", *map(str, range(10)), *SHAPES, "null")
@@ -31,7 +31,7 @@ class Scenes(NamedTuple):
     """What determines a batch of videos: objects with a kind (0: none), pixels, a start and a velocity; a canvas."""
 
     kind: Int[Tensor, "batch objects"]
-    glyph: Float[Tensor, "batch objects side side"]
+    glyph: Float[Tensor, "batch objects 8 8"]
     start: Int[Tensor, "batch objects 2"]
     """(row, column) of the top left pixel in frame 0."""
     velocity: Int[Tensor, "batch objects 2"]
@@ -92,12 +92,11 @@ class MovingDigits:
     to `speed` in each axis. Of eight drawn layouts a scene takes the one whose objects overlap least, over all frames.
 
     Args:
-        shape: (frames, height, width) in pixels; height and width at least an object's side.
+        shape: (frames, height, width) in pixels; each side at least 8.
         most: objects a scene has at most; the number is uniform over 1..most.
         speed: of each axis, pixels a frame.
         split: which digits.
         texture: brightest pixel of the canvas, which is uniform noise that stands still; 0: a black canvas.
-        side: of an object, in pixels: a multiple of 8, as the digits and shapes of 8 x 8 are drawn in larger dots.
     """
 
     shape: tuple[int, int, int] = (8, 32, 32)
@@ -105,14 +104,10 @@ class MovingDigits:
     speed: int = 2
     split: Split = "train"
     texture: float = 0.0
-    side: int = GLYPH
 
     def __post_init__(self) -> None:
-        side = self.side
-        if side < GLYPH or side % GLYPH:
-            raise ValueError(f"side must be a multiple of {GLYPH}, got {side}")
-        if self.shape[0] < 1 or min(self.shape[1:]) < side:
-            raise ValueError(f"shape must be (frames >= 1, height >= {side}, width >= {side}), got {self.shape}")
+        if self.shape[0] < 1 or min(self.shape[1:]) < SIDE:
+            raise ValueError(f"shape must be (frames >= 1, height >= {SIDE}, width >= {SIDE}), got {self.shape}")
         if not 1 <= self.most <= MOST:
             raise ValueError(f"most must be in 1..{MOST}, got {self.most}")
         if self.speed < 0:
@@ -137,8 +132,6 @@ class MovingDigits:
         glyph = found.x[chosen, 0]
         drawn = shapes()[(kind - 11).clamp(0, len(SHAPES) - 1)]
         glyph = torch.where((kind >= 11)[..., None, None], drawn, glyph) * (kind > 0)[..., None, None]
-        dots = self.side // GLYPH
-        glyph = glyph.repeat_interleave(dots, -2).repeat_interleave(dots, -1)
         start, velocity = self._least_overlap(kind, generator)
         canvas = torch.zeros(n, *self.shape[1:])
         if self.texture:
@@ -147,7 +140,7 @@ class MovingDigits:
 
     def places(self, start: Int[Tensor, "*some 2"], velocity: Int[Tensor, "*some 2"]) -> Int[Tensor, "*some frames 2"]:
         """Top left pixels in every frame: the straight path, folded back at the walls."""
-        room = torch.tensor([n - self.side for n in self.shape[1:]])
+        room = torch.tensor([side - SIDE for side in self.shape[1:]])
         path = start[..., None, :] + velocity[..., None, :] * torch.arange(self.shape[0])[:, None]
         period = (2 * room).clamp(min=1)
         path = path % period
@@ -158,11 +151,11 @@ class MovingDigits:
         n, objects = scenes.kind.shape
         frames, height, width = self.shape
         place = self.places(scenes.start, scenes.velocity)
-        side = torch.arange(self.side)
+        side = torch.arange(SIDE)
         rows = place[..., 0, None, None] + side[:, None]
         columns = place[..., 1, None, None] + side
         flat = (rows * width + columns).flatten(3)
-        values = scenes.glyph.flatten(2)[:, :, None].expand(n, objects, frames, self.side**2)
+        values = scenes.glyph.flatten(2)[:, :, None].expand(n, objects, frames, SIDE * SIDE)
         canvas = scenes.canvas.flatten(1)[:, None].repeat(1, frames, 1)
         for one in range(objects):
             canvas.scatter_reduce_(2, flat[:, one], values[:, one], "amax")
@@ -175,11 +168,11 @@ class MovingDigits:
 
     def _least_overlap(self, kind: Tensor, generator: torch.Generator, draws: int = 8) -> tuple[Tensor, Tensor]:
         n, objects = kind.shape
-        room = [n - self.side + 1 for n in self.shape[1:]]
+        room = [side - SIDE + 1 for side in self.shape[1:]]
         start = torch.stack([torch.randint(r, (n, draws, objects), generator=generator) for r in room], -1)
         velocity = torch.randint(-self.speed, self.speed + 1, (n, draws, objects, 2), generator=generator)
         place = self.places(start, velocity)  # [n, draws, objects, frames, 2]
-        near = (self.side - (place[:, :, :, None] - place[:, :, None]).abs()).clamp(min=0).prod(-1).sum(-1)
+        near = (SIDE - (place[:, :, :, None] - place[:, :, None]).abs()).clamp(min=0).prod(-1).sum(-1)
         both = self._pairs(kind)[:, None]
         best = (near * both).sum((2, 3)).argmin(1)
         row = torch.arange(n)

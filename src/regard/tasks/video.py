@@ -38,7 +38,7 @@ class Size:
     """A size of the testbed.
 
     ``drop``: share of prompts left out, for guidance. ``shift``: pushes the times trained on towards noise, as in
-    `regard.models.dit.timesteps`. ``speed``, ``texture``, ``side``: of `MovingDigits`.
+    `regard.models.dit.timesteps`. ``speed``, ``texture``: of `MovingDigits`.
     """
 
     model: DiTConfig
@@ -48,30 +48,24 @@ class Size:
     shift: float = 1.0
     speed: int = 1
     texture: float = 0.3
-    side: int = 16
 
     def task(self, shape: tuple[int, int, int], most: int, split: Split = "train") -> MovingDigits:
         """Its videos of a shape."""
-        return MovingDigits(shape, most, self.speed, split, self.texture, self.side)
+        return MovingDigits(shape, most, self.speed, split, self.texture)
 
 
 _MODEL = DiTConfig(words=len(WORDS), patch=(1, 4, 4), theta=30.0, lean=6.0)
 
 SIZES = {
-    # Small canvases and few frames, on which a step sees many videos; at last `SHAPE`, of which two frames tell where
-    # an object may be at a quarter of the cost.
+    # Small canvases, on which a step sees many videos: one object, then two, then three; at last `SHAPE`.
     "full": Size(
         model=_MODEL,
-        recipe=Recipe(steps=4000, lr=3e-3, warmup=30, decay=1100, autocast=True),
+        recipe=Recipe(steps=4200, lr=3e-3, warmup=30, decay=1100, autocast=True),
         phases=(
-            Phase(400, ((48, 1, (4, 16, 16)),)),
-            Phase(1000, ((40, 1, (2, 24, 24)), (16, 1, (8, 20, 20)))),
-            Phase(3000, ((20, 1, (2, 32, 32)), (11, 1, (8, 24, 24)), (4, 2, (8, 32, 48)), (3, 3, (8, 48, 48)))),
-            Phase(
-                10**9,
-                ((6, 1, (2, 64, 64)), (6, 3, (2, 64, 64)), (2, 1, SHAPE), (2, 3, SHAPE), (2, 3, SHAPE)),
-                shift=2.0,
-            ),
+            Phase(300, ((48, 1, (4, 16, 16)),)),
+            Phase(800, ((24, 1, (8, 16, 16)), (14, 2, (8, 16, 32)), (14, 2, (8, 32, 16)))),
+            Phase(3500, ((24, 1, (8, 16, 16)), (12, 2, (8, 24, 24)), (7, 3, (8, 32, 32)))),
+            Phase(10**9, ((2, 3, SHAPE), (2, 3, SHAPE), (2, 1, SHAPE)), shift=2.0),
         ),
     ),
     # A second training, from the weights of the first: on with that canvas.
@@ -140,7 +134,7 @@ def noised(videos: Videos, size: Size, generator: torch.Generator, shift: float 
 def evaluation(size: Size, n: int = 8, seed: int = 10_000_019) -> Callable[[nn.Module], dict[str, float]]:
     """Figures of the loss curve: the loss on held-out digits that training does not draw, at two grids."""
     full = size.model.layers > 2
-    shapes = {"loss_small": (2 * n, (8, 24, 24), 1)} | ({"loss_full": (n // 2, SHAPE, 3)} if full else {})
+    shapes = {"loss_small": (4 * n, (8, 16, 16), 1)} | ({"loss_full": (n // 2, SHAPE, 3)} if full else {})
 
     def measure(model: nn.Module) -> dict[str, float]:
         found = {}

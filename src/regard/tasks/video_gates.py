@@ -67,24 +67,24 @@ def gates(model: VideoDiT, *, quick: bool = False, seed: int = SEED) -> dict[str
     few = task.batch(2, generator)
     table = head_roles(model, few.x, few.words)
     found = table.counts()
-    values = _read(made, words, n, task.side) | {
+    values = _read(made, words, n) | {
         "temporal_heads": found.get("multi-diagonal", 0),
         "spatial_heads": found.get("diagonal", 0) + found.get("block", 0),
     }
     return {
         "values": values,
         "thresholds": GATES,
-        "true": _read(held_out.x, words, n, task.side),
+        "true": _read(held_out.x, words, n),
         "roles": {"counts": found, "heads": [[str(r) for r in row] for row in table.names.values]},
         "ready": all(values[name] >= least for name, least in GATES.items()),
     }
 
 
-def _read(x: Tensor, words: Tensor, alone: int, side: int) -> dict[str, float]:
+def _read(x: Tensor, words: Tensor, alone: int) -> dict[str, float]:
     told = (words > 0).sum(1)
     found = {
         "count": (counts(x).mode(1).values == told).double().mean(),
-        "kind": (kinds(x[:alone], side) == words[:alone, 0]).double().mean(),
+        "kind": (kinds(x[:alone]) == words[:alone, 0]).double().mean(),
         "steady": steadiness(x[:alone]).double().mean(),
     }
     return {name: round(float(value), 4) for name, value in found.items()}

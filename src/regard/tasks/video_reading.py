@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from regard.tasks.moving_digits import GLYPH, SHAPES, shapes
+from regard.tasks.moving_digits import SHAPES, SIDE, shapes
 from regard.tasks.vision import digits
 
 __all__ = ["counts", "kinds", "sharpness", "steadiness"]
@@ -41,32 +41,26 @@ def _bright(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _templates(side: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors of the training digits and the shapes as kernels of a side, and the word of each."""
+def _templates() -> tuple[Tensor, Tensor]:
+    """Unit vectors of the training digits and the shapes as 8 x 8 kernels, and the word of each."""
     found = digits("train")
     glyphs = torch.cat([found.x[:, 0], shapes()])
-    dots = side // GLYPH
-    glyphs = glyphs.repeat_interleave(dots, -2).repeat_interleave(dots, -1)
     words = torch.cat([found.labels + 1, torch.arange(11, 11 + len(SHAPES))])
     return (glyphs / glyphs.flatten(1).norm(dim=1)[:, None, None])[:, None], words
 
 
-def kinds(x: Float[Tensor, "batch 1 frames height width"], side: int = GLYPH) -> Int[Tensor, "batch"]:
+def kinds(x: Float[Tensor, "batch 1 frames height width"]) -> Int[Tensor, "batch"]:
     """The word of the one object of each video: the class whose best template fits best, on average over the frames.
 
     Fit: the cosine of a template with the bright pixels under it, at the best place of those that hold at least half
     of the frame's bright energy.
-
-    Args:
-        x: videos of one object each.
-        side: of the object, as `MovingDigits` has it.
     """
-    kernels, words = _templates(side)
+    kernels, words = _templates()
     said = []
     for video in x:
         frames = _bright(video[0, :, None])
         inner = conv2d(frames, kernels)
-        energy = conv2d(frames.square(), torch.ones(1, 1, side, side))
+        energy = conv2d(frames.square(), torch.ones(1, 1, SIDE, SIDE))
         whole = frames.square().sum((1, 2, 3), keepdim=True)
         fit = torch.where(energy >= whole / 2, inner / energy.clamp(min=1e-6).sqrt(), -1.0).amax((2, 3))
         best = torch.full((len(frames), int(words.max()) + 1), -1.0)

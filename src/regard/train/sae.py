@@ -59,6 +59,11 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     @torch.no_grad()
+    def without(self, x: Float[Tensor, "*rows d"], features: Int[Tensor, "some"]) -> Float[Tensor, "*rows d"]:
+        """``x - s sum_k f_k W_d[k]`` over some features: rows less what these write; what no feature holds stays."""
+        return x - self.scale * (self.encode(x)[..., features] @ self.decoder[features])
+
+    @torch.no_grad()
     def l0(self, x: Float[Tensor, "*rows d"]) -> float:
         """Active features a row, on average."""
         return float((self.before(x) > 0).sum(-1).double().mean())
