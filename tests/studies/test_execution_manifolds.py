@@ -21,7 +21,7 @@ def test_smoke(small, tmp_path):
     assert found["commutator"]["state"] == "holds"
     assert found["commutator"]["figure"] < 1e-3
     for f in found.values():
-        assert f["state"] != "not measured"
+        assert (f["state"] == "not measured") == (f["claim"] in ("routing", "execution"))
         if f["interval"]:
             assert f["interval"][0] <= f["figure"] <= f["interval"][1]
     runs = found["dimension"]["details"]["by_run"]
@@ -35,6 +35,7 @@ def test_full_judges_every_layer_of_every_run(small):
     found = {f.claim: f for f in study.run("full", seed=0)}
     assert set(found) == {c.id for c in study.CLAIMS}
     assert len(found["dimension"].details["by_run"]) == 2 * 2 * 2
+    assert "THE SUM IS NOT LEARNED" in found["routing"].reason
 
 
 def made(dimension=3, walk=12, curve=4, inside=0.05, early=8.0, seed=0):
@@ -59,3 +60,27 @@ def test_the_interval_is_over_seeds():
     figure, (low, high) = study.over_seeds(judged, lambda j: j["early"])
     assert figure == 6
     assert (low, high) == (3, 9)
+
+
+def test_features_of_a_layer_that_is_needed(small, monkeypatch):
+    """A layer made to be needed: what the autoencoder's features are judged by stays within what it can be."""
+    monkeypatch.setattr(study, "SAE_STEPS", 30)
+    monkeypatch.setattr(study, "SEQUENCES", (8, 40))
+    monkeypatch.setattr(study, "LEARNED", -1.0)
+    found = {f.claim: f for f in study.run("full", seed=0)}
+    coded = found["routing"].details["by_run"]
+    assert [c["seed"] for c in coded] == [0, 1, 0, 1]
+    assert all(c["layer"] in (0, 1) for c in coded)
+    assert all(0 <= c["auc"] <= 1 and 0 <= c["random_auc"] <= 1 for c in coded)
+
+
+def coded(auc=0.99, lost=0.2, seed=0):
+    return {"auc": auc, "random_auc": 0.8, "lost": lost, "random_lost": 0.1, "seed": seed, "layer": 0, "l0": 3.0,
+            "accuracy": 1.0, "mean": 0.2}  # fmt: skip
+
+
+def test_verdicts_of_features():
+    assert study._routing([coded(), coded(seed=1)], "").state == "holds"
+    assert study._routing([coded(auc=0.9)], "").state == "does not hold"
+    assert study._execution([coded(), coded(seed=1)], "").state == "holds"
+    assert study._execution([coded(lost=0.9)], "").state == "does not hold"

@@ -31,6 +31,9 @@ def test_it_computes_its_formula(d, m, seed):
         f, xhat = oracle.forward(sae, row)
         torch.testing.assert_close(features, f)
         torch.testing.assert_close(back, xhat)
+        some_of_them = torch.arange(0, m, 2)
+        left = [v - 1.7 * sum(float(f[k]) * sae.decoder[k, i] for k in some_of_them) for i, v in enumerate(row)]
+        torch.testing.assert_close(sae.without(row, some_of_them), torch.stack(left))
     assert sae.l0(x) == pytest.approx(float((sae.encode(x) > 0).sum(-1).double().mean()))
     torch.testing.assert_close(sae.decoder.norm(dim=-1), torch.ones(m).double())
 
