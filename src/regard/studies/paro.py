@@ -49,8 +49,8 @@ CLAIMS = [
         "random order",
         "not any order does it",
         kind="mechanism",
-        ours="blocks that hold 0.9 of the mass in a random order over those in memory order; the least of all heads, mean "
-        "of draws",
+        ours="blocks that hold 0.9 of the mass in a random order over those in memory order; the least of all heads, "
+        "mean of draws",
         holds_if="more than 1",
     ),
     Claim(
