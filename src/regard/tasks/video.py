@@ -17,8 +17,8 @@ from regard.train.trainer import Recipe
 
 __all__ = ["SHAPE", "SIZES", "Noised", "Phase", "Size", "VideoMixture", "build", "video_loss"]
 
-#: (frames, height, width) in pixels of the videos it is made for: 32 x 8 x 8 tokens.
-SHAPE = (32, 32, 32)
+#: (frames, height, width) in pixels of the videos it is made for: 8 x 16 x 16 tokens.
+SHAPE = (8, 64, 64)
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ SIZES = {
             Phase(300, ((48, 1, (4, 16, 16)),)),
             Phase(800, ((24, 1, (8, 16, 16)), (14, 2, (8, 16, 32)), (14, 2, (8, 32, 16)))),
             Phase(3500, ((24, 1, (8, 16, 16)), (12, 2, (8, 24, 24)), (7, 3, (8, 32, 32)))),
-            Phase(10**9, ((2, 3, (8, 64, 64)), (2, 3, (8, 64, 64)), (2, 1, (8, 64, 64))), shift=2.0),
+            Phase(10**9, ((2, 3, SHAPE), (2, 3, SHAPE), (2, 1, SHAPE)), shift=2.0),
         ),
     ),
     # A second training, from the weights of the first: on with that canvas.
     "long": Size(
         model=_MODEL,
-        recipe=Recipe(steps=900, lr=2e-3, warmup=20, decay=500, autocast=True),
-        phases=(Phase(10**9, ((2, 3, SHAPE), (2, 1, SHAPE), (4, 2, (16, 32, 32)), (8, 3, (8, 32, 32)))),),
+        recipe=Recipe(steps=500, lr=2e-3, warmup=20, decay=300, autocast=True),
+        phases=(Phase(10**9, ((2, 3, SHAPE),)),),
         shift=2.0,
     ),
     "smoke": Size(
