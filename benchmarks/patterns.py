@@ -135,7 +135,10 @@ def main() -> None:
         return
     import torch
 
-    from pattern_arms import cases, tensors, timed
+    from pattern_arms import WINDOW, cases, tensors, timed
+
+    if args.length <= WINDOW or args.length % 256:
+        parser.error(f"--length must be a multiple of 256 above {WINDOW}, the window that is measured; got {args.length}")
 
     threads = int(os.environ.get("REGARD_BENCH_THREADS", "2"))
     torch.set_num_threads(threads)
