@@ -138,7 +138,7 @@ def main() -> None:
     from pattern_arms import WINDOW, cases, tensors, timed
 
     if args.length <= WINDOW or args.length % 256:
-        parser.error(f"--length must be a multiple of 256 above {WINDOW}, the window that is measured; got {args.length}")
+        parser.error(f"--length must be a multiple of 256 above the window of {WINDOW}, got {args.length}")
 
     threads = int(os.environ.get("REGARD_BENCH_THREADS", "2"))
     torch.set_num_threads(threads)
