@@ -81,9 +81,9 @@ def pays(listed: Listed, units: Units, size: int, block: int) -> bool:
     """Whether rows shorter than `SHORT` are better put together by block: it is wide, and many of them list it."""
     if block < WIDE:
         return False
-    blocks = np.unique(np.concatenate([cols for _, cols, _ in listed.parts]))
+    blocks = int(np.count_nonzero(np.bincount(np.concatenate([cols for _, cols, _ in listed.parts]))))
     queries = units.shared * size * sum(len(rows) for rows, _, _ in listed.parts)
-    return queries >= MANY * max(1, len(blocks)) * units.lists
+    return queries >= MANY * max(1, blocks) * units.lists
 
 
 def make_columns(listed: Listed, units: Units, shape: tuple[int, int], size: int, block: int, length: int) -> Columns:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from regard.patterns.candidates import candidates
 from regard.patterns.decided import Routed, both
 from regard.patterns.pattern import Pattern, resolve_q_start
 from regard.patterns.routed import Route, Summary
-from regard.patterns.select import best, checked, to_index
+from regard.patterns.select import best, checked, join_rows, pieces, to_index
 from regard.patterns.static import need_int
 
 __all__ = ["ChunkRoute"]
@@ -144,29 +145,48 @@ class ChunkRoute(Route):
         within = both(self.within, within)
         q_len, kv_len = q.shape[2], summary.length
         start = resolve_q_start(q_len, kv_len, q_start)
-        own = torch.arange(start, start + q_len, device=q.device)[:, None] // self.chunk
-        chunk = torch.arange(-(-kv_len // self.chunk), device=q.device)
-        forced = (chunk <= own) & ((chunk < self.first) | (chunk > own - self.last))
         may = candidates(within, q_len, kv_len, self.block, q_start=start, decisions=q.shape[1], device=q.device)
-        forced = (forced & may).expand(*q.shape[:3], len(chunk))
-        scores = torch.nn.functional.pad(self.scores(q, summary), (0, len(chunk) - kv_len // self.chunk))
-        free = may & ~forced & (chunk <= own - self.last)
-        # what is always read counts among the total, and stands before the rest
-        ranked = checked(scores).masked_fill(~free, -torch.inf).masked_fill_(forced, torch.inf)
-        index, count = to_index(best(ranked, self.total))
+        parts = pieces(q_len, q.shape[0] * q.shape[1] * max(may.shape[-1], q.shape[3])) or [slice(0, 0)]
+        found = [self._choose(q[:, :, rows], summary, kv_len, start + rows.start, may[:, :, rows]) for rows in parts]
+        index = join_rows([part for part, _, _ in found])
         return Routed.blocks(
             index,
-            count,
+            torch.cat([part for _, part, _ in found], 2),
             block=self.block,
             q_len=q_len,
             kv_len=kv_len,
             q_start=start,
-            score=scores.masked_fill(forced, 0).gather(-1, index.clamp(min=0).long()),
+            score=torch.cat([pad(part, (0, index.shape[-1] - part.shape[-1])) for _, _, part in found], 2),
             within=within,
             heads=q.shape[1],
             cost=self.cost(q_len, kv_len, q.shape[3]),
             check=False,
         )
+
+    def _choose(
+        self,
+        q: Float[Tensor, "batch heads q_len head_dim"],
+        summary: Summary,
+        kv_len: int,
+        start: int,
+        may: Bool[Tensor, "samples decisions rows columns"],
+    ) -> tuple[
+        Int[Tensor, "batch heads q_len width"],
+        Int[Tensor, "batch heads q_len"],
+        Float[Tensor, "batch heads q_len width"],
+    ]:
+        """The chunks of some queries, how many, and their scores."""
+        own = torch.arange(start, start + q.shape[2], device=q.device)[:, None] // self.chunk
+        chunk = torch.arange(may.shape[-1], device=q.device)
+        forced = (chunk <= own) & ((chunk < self.first) | (chunk > own - self.last)) & may
+        free = may & ~forced & (chunk <= own - self.last)
+        scores = pad(self.scores(q, summary), (0, len(chunk) - kv_len // self.chunk))
+        # what is always read counts among the total, and stands before the rest
+        ranked = checked(scores).masked_fill(~free, -torch.inf).masked_fill_(forced, torch.inf)
+        index, count = to_index(best(ranked, self.total))
+        at = index.clamp(min=0).long()
+        always = forced.expand(scores.shape).gather(-1, at)
+        return index, count, scores.gather(-1, at).masked_fill(always, 0)
 
     def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:
         """A product with each chunk's key ("max": each key), and attention inside chunks for "paper"."""

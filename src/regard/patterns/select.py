@@ -62,9 +62,11 @@ def to_index(mask: Bool[Tensor, "*rows columns"]) -> tuple[Int[Tensor, "*rows wi
     """``(index, count)`` of what a mask selects."""
     count = mask.sum(-1, dtype=torch.int32)
     width = int(count.max()) if count.numel() else 0
+    found = mask.reshape(-1).nonzero()[:, 0].remainder_(max(mask.shape[-1], 1)).to(torch.int32)
+    if found.numel() == width * count.numel():  # as many in each row
+        return found.view(*mask.shape[:-1], width), count
     index = torch.full((*mask.shape[:-1], width), -1, dtype=torch.int32, device=mask.device)
-    there = torch.arange(width, device=mask.device) < count[..., None]
-    index[there] = mask.nonzero()[:, -1].to(torch.int32)
+    index[torch.arange(width, device=mask.device) < count[..., None]] = found
     return index, count
 
 

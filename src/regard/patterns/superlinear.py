@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -104,16 +105,24 @@ class Superlinear(Route):
         """``q . K[a_i] / sqrt(d)`` of every anchor, -inf where a query has none; differentiable."""
         group, (batch, heads, q_len, dim) = q.shape[1] // key.shape[1], q.shape
         grouped = q.unflatten(1, (key.shape[1], group)) * dim**-0.5
-        graph = torch.is_grad_enabled() and (q.requires_grad or key.requires_grad)
-        held = None if graph else torch.empty_like(grouped)  # one product's memory serves all anchors
-        found = []
+        if torch.is_grad_enabled() and (q.requires_grad or key.requires_grad):
+            products = [grouped[:, :, :, skip:] * at for skip, at in self._met(key, q_start, q_len, steps)]
+            found = [pad(x.sum(-1), (q_len - x.shape[3], 0), value=-torch.inf).flatten(1, 2) for x in products]
+            return torch.stack(found, -1) if found else q.new_zeros(batch, heads, q_len, 0)
+        out = grouped.new_full((len(steps), *grouped.shape[:-1]), -torch.inf)
+        held = torch.empty_like(grouped)  # one product's memory serves all anchors
+        for each, (skip, at) in zip(out, self._met(key, q_start, q_len, steps), strict=True):
+            product = torch.mul(grouped[:, :, :, skip:], at, out=held[:, :, :, skip:])
+            torch.sum(product, -1, out=each[:, :, :, skip:])
+        return out.flatten(2, 3).movedim(0, -1)
+
+    @staticmethod
+    def _met(key: Tensor, q_start: int, q_len: int, steps: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Of every anchor: how many queries come before the first that has it, and the keys of the others."""
         for step in steps.tolist():
-            skip = min(max(step - 1 - q_start, 0), q_len)  # queries before the first that has this anchor
+            skip = min(max(step - 1 - q_start, 0), q_len)
             first = q_start + skip - step + 1
-            at = key[:, :, None, first : first + q_len - skip]
-            product = torch.mul(grouped[:, :, :, skip:], at, out=None if held is None else held[:, :, :, skip:])
-            found.append(pad(product.sum(-1).flatten(1, 2), (skip, 0), value=-torch.inf))
-        return torch.stack(found, -1) if found else q.new_zeros(batch, heads, q_len, 0)
+            yield skip, key[:, :, None, first : first + q_len - skip]
 
     def select(
         self,
