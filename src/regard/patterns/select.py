@@ -19,8 +19,8 @@ from regard.patterns.order import Order
 
 __all__ = ["Select", "above", "mass", "pool_blocks", "ratio", "three_way", "to_index", "topk"]
 
-#: Numbers that a piece of work holds at a time: two megabytes of float32.
-_CACHED = 1 << 19
+#: Numbers that a piece of work holds at a time: four megabytes of float32.
+_CACHED = 1 << 20
 
 
 class Select(ABC):
