@@ -51,7 +51,7 @@ def test_splicing_the_output_itself_recovers_everything(small, monkeypatch):
     judged = attention_saes.judge(network, 1, 0, "cpu")
     np.testing.assert_allclose(judged["losses"]["spliced"], judged["losses"]["clean"], atol=1e-5)
     assert abs(judged["losses"]["zero"] - judged["losses"]["clean"]).max() > 1e-6
-    assert judged["prefix"].shape == (2, 4, 8)
+    assert judged["prefix"].shape == (attention_saes.SEQUENCES["test"], 2, 4, 8)
     finding = attention_saes._faithful([judged], "")
     assert finding.figure == pytest.approx(1, abs=1e-3)
     assert finding.state == "does not hold"  # every row has as many features as dimensions
@@ -62,5 +62,12 @@ def test_heads_that_wait_for_a_long_match_are_counted():
     weights[1, 0] = 0.8  # at once
     weights[1, 1] = np.linspace(0.1, 0.8, 8)  # late
     weights[0, 2] = np.linspace(0.0, 0.2, 8)  # never
-    finding = attention_saes._long_prefix([{"prefix": weights}], "")
-    assert (finding.figure, finding.state) == (0.5, "holds")
+    finding = attention_saes._long_prefix([{"prefix": weights[None]}], "")
+    assert (finding.figure, finding.interval, finding.state) == (0.5, (0.5, 0.5), "holds")
+    uneven = weights.copy()
+    uneven[1, 1] = 0.8  # at once, in half of the sequences
+    finding = attention_saes._long_prefix([{"prefix": np.stack([weights, uneven] * 8)}], "")
+    assert finding.figure == 0
+    assert finding.interval == (0, 0.5)
+    two = [{"prefix": weights[None]}, {"prefix": uneven[None]}]
+    assert attention_saes._long_prefix(two, "").figure == 0.25

@@ -192,7 +192,7 @@ def sources(sae: Any, seen: dict[str, Any], batch: Any, seed: int) -> dict[str, 
 
 
 def prefix_weights(network: Any, seed: int, device: str, parts: Any) -> Any:
-    """Weight of every head on the induction position at a match of 1 to 8 tokens, [layer, head, length].
+    """Weight of every head on the induction position at a match of 1 to 8 tokens, [sample, layer, head, length].
 
     Random tokens without repetition; the last tokens repeat as many from the middle.
     """
@@ -207,7 +207,7 @@ def prefix_weights(network: Any, seed: int, device: str, parts: Any) -> Any:
         sites = [Site(layer, "weights", pos=-1) for layer in range(len(parts))]
         weights = trace(network, {"ids": ids}, sites, anatomy=parts)
         # Token 16 is the last of the match, so 17 came after it; pos drops the row.
-        found.append(torch.stack([weights[s][:, :, 17].double().mean(0) for s in sites]).cpu().numpy())
+        found.append(torch.stack([weights[s][:, :, 17].double() for s in sites], 1).cpu().numpy())
     return np.stack(found, -1)
 
 
@@ -252,19 +252,32 @@ def _induction(found: list[dict[str, Any]], used: str) -> Finding:
 
 
 def _long_prefix(found: list[dict[str, Any]], used: str) -> Finding:
-    weights = np.stack([f["prefix"] for f in found])
+    each = np.stack([f["prefix"] for f in found])  # [seed, sample, layer, head, length]
+    weights = each.mean(1)
     looks = weights[..., -1] > 0.3
     details: dict[str, Any] = {"weights": weights.round(4).tolist()}
     if not looks.any():
         reason = f"{used}no head puts more than 0.3 on the induction position at a match of {PREFIXES[-1]} tokens"
         return Finding("long-prefix", "not measured", reason=reason, details=details)
-    late = looks & (weights[..., 0] < weights[..., -1] / 2)
-    by_seed = [float(a.sum() / b.sum()) for a, b in zip(late, looks, strict=True) if b.any()]
-    figure = float(late.sum() / looks.sum())
-    interval = evidence.bootstrap(by_seed) if len(by_seed) > 1 else None
+    figure = _late(weights)
+    interval = evidence.bootstrap(weights, _late) if len(each) > 1 else evidence.bootstrap(each[0], _late_of_mean)
     one, eight = (float(weights[..., at][looks].mean()) for at in (0, -1))
-    reason = f"{used}{int(looks.sum())} heads look back, mean weight {one:.2f} at a match of 1 token, {eight:.2f} at 8"
+    reason = (
+        f"{used}{int(looks.sum())} heads look back, mean weight {one:.2f} at a match of 1 token, {eight:.2f} at 8; "
+        f"interval over {'seeds' if len(each) > 1 else 'sequences'}"
+    )
     return Finding("long-prefix", verdict(figure > 0), figure, interval, floor=0.0, reason=reason, details=details)
+
+
+def _late(weights: Any) -> float:
+    """Share of the heads which look back at a match of 8 tokens that do so half as much at 1; NaN without any."""
+    looks = weights[..., -1] > 0.3
+    late = looks & (weights[..., 0] < weights[..., -1] / 2)
+    return float(late.sum() / looks.sum()) if looks.any() else float("nan")
+
+
+def _late_of_mean(weights: Any) -> float:
+    return _late(weights.mean(0))
 
 
 def _generator(seed: int, name: str) -> Any:

@@ -121,8 +121,12 @@ def _cosine(model: Any, ids: Any, atlas: Any, parts: Any) -> Finding:
 
 def _levels(life: Any, blocks: int) -> Finding:
     secondary = life["kind"].values == "secondary"
-    pairs = [(int(f), int(n)) for f, n in zip(life["first"].values[secondary], life.values[secondary], strict=True)]
-    counts = {level: pairs.count(level) for level in sorted(set(pairs))}
+    levels = np.stack([life["first"].values, np.nan_to_num(life.values)], -1).astype(int)  # [sample, position, 2]
+    names, which = np.unique(levels[secondary], axis=0, return_inverse=True)
+    sample = np.nonzero(secondary)[0]
+    seen = np.zeros((len(levels), len(names)))  # tokens of each level in each text
+    np.add.at(seen, (sample, which.reshape(-1)), 1)
+    counts = {(int(f), int(n)): int(c) for (f, n), c in zip(names, seen.sum(0), strict=True)}
     kinds = {kind: int((life["kind"].values == kind).sum()) for kind in ("secondary", "bos-like", "noise")}
     details = {"levels": [{"first": f, "lifetime": n, "tokens": c} for (f, n), c in counts.items()], "tokens": kinds}
     shown = ", ".join(f"block {f} for {n}: {c} tokens" for (f, n), c in counts.items()) or "none"
@@ -130,8 +134,10 @@ def _levels(life: Any, blocks: int) -> Finding:
         "levels",
         verdict(counts),
         float(len(counts)),
+        evidence.bootstrap(seen, lambda some: float((some.sum(0) > 0).sum())) if counts else None,
         floor=0.0,
-        reason=f"levels of {int(life.notnull().sum())} tokens in {blocks} blocks: {shown}",
+        reason=f"levels of {int(life.notnull().sum())} tokens in {blocks} blocks: {shown}; interval over texts, which "
+        "can only find fewer",
         details=details,
     )
 
