@@ -135,6 +135,16 @@ def test_short_rows_are_put_together_by_the_block_they_share(kind, dtype):
         near(mine, its.double(), 20 * tolerance)
 
 
+def test_results_wait_for_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(routed_columns, "RESULTS", 256)
+    columns = make_tiles(chosen("blocks", 2048), 1, 4, 2).columns
+    assert columns is not None
+    assert len(columns.stages) > 2 * 2048 * 3 // 256 // 4
+    listed = [sum(rows.numel() for _, rows, _ in s.merges) for s in columns.stages]
+    assert sum(listed) <= 2 * 2048
+    assert max(sum(places.numel() for _, _, places in s.merges) for s in columns.stages) * 2 <= 256
+
+
 def test_few_queries_and_long_rows_stay_together():
     """Decoding, rows of many queries, and blocks that few list are tiles of queries."""
     g = torch.Generator().manual_seed(0)

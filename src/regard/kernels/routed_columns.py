@@ -23,7 +23,7 @@ WIDE = 8  # a block of fewer keys is not worth a result of its own
 MANY = 32  # queries that list a block, on average, make a good tile
 LONG = 2048  # rows in a tile at most
 WASTE = 16  # a tile is padded by at most a part in so many
-RESULTS = 1 << 18  # of a stage, before they are merged
+RESULTS = 1 << 18  # outputs of queries that a stage holds before they are merged
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class ColumnBatch:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """Some lists: their tiles, and which results each row merges."""
+    """Some rows, of one list or of several: their tiles, and which results each row merges."""
 
     batches: list[ColumnBatch]
     merges: list[tuple[Tensor, Tensor, Tensor]]
@@ -101,10 +101,10 @@ def make_columns(listed: Listed, units: Units, shape: tuple[int, int], size: int
     if len(listed.parts) > 1:
         order = np.argsort(rows, kind="stable")
         rows, cols, kind = rows[order], cols[order], kind[order]
-    ends = np.searchsorted(rows, np.arange(units.lists + 1) * shape[0])
+    ends = np.searchsorted(rows, np.arange(units.lists * shape[0] + 1))
     stages, lo = [], 0
-    while lo < units.lists:
-        most = ends[lo] + RESULTS // (units.shared * size)
+    while ends[lo] < len(rows):
+        most = ends[lo] + max(1, RESULTS // (units.shared * size))
         hi = max(lo + 1, int(np.searchsorted(ends, most, side="right")) - 1)
         some = slice(int(ends[lo]), int(ends[hi]))
         stages.append(_stage(rows[some], cols[some], kind[some], shape))

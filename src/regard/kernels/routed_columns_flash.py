@@ -110,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> tupl
     out = torch.zeros_like(rows)
     lse = q.new_full(rows.shape[:3], -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     run = _Run(tiles, columns, q)
-    parts = q.new_empty(max(s.places for s in columns.stages), run.each, width)
+    parts = q.new_empty(max((s.places for s in columns.stages), default=0), run.each, width)
     sums = lse.new_empty(parts.shape[:2])
     for stage in columns.stages:
         for strip in strips.T:
@@ -155,7 +155,7 @@ def backward(
     dq = torch.zeros_like(q_rows, dtype=lse.dtype)
     dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k_flat, v_flat))
     run = _Run(tiles, columns, q)
-    parts = q.new_empty(max(s.places for s in columns.stages), run.each, width)
+    parts = q.new_empty(max((s.places for s in columns.stages), default=0), run.each, width)
     for stage in columns.stages:
         for strip in strips.T:
             for chunk in run.chunks(stage, strip, kv):
