@@ -100,7 +100,7 @@ def allowed_pairs(tiles: Any) -> int:
                 total += count * batch.size * batch.n
             else:
                 total += int(allow.sum()) * batch.size // allow.shape[1] * count // len(allow)
-    return total * (u.strips // u.lists) * u.shared
+    return total * u.each
 
 
 def measure(name: str, make: Any, length: int, repeats: int, backward: bool, device: str) -> dict[str, Any]:

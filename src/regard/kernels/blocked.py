@@ -131,7 +131,7 @@ def _describe_routed(r: Request, routed: Routed) -> dict[str, Any]:
     columns = tiles.columns if _fused(r) else None
     if columns is not None:  # queries are copied to their keys, and a result of each block from there
         order += ", by block of keys"
-        each = tiles.units.strips // tiles.units.lists * tiles.units.shared * tiles.size
+        each = tiles.units.each * tiles.size
         pairs = each * columns.queries * columns.block
         moved = 2 * each * columns.queries * width
     return {

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from regard.kernels.combine import merge
 from regard.kernels.routed_tiles import Tiles, make_tiles
 from regard.patterns import listed
 from regard.patterns.decided import Routed
@@ -99,8 +100,4 @@ def _joined(out: Tensor, lse: Tensor | None, rows: Tensor, mean: bool) -> tuple[
         return o[:, 0], None if s is None else s[:, 0]
     if s is None:
         return (o.mean(1) if mean else o.sum(1)), None
-    some = (s.detach() != -torch.inf).any(-1)
-    total = torch.logsumexp(torch.where(some[:, None], s, 0), -1)
-    share = torch.where(some[:, None], (s - total[:, None]).exp(), 0)
-    merged = (o.to(share.dtype) * share[..., None]).sum(1).to(out.dtype)
-    return merged, torch.where(some, total, -torch.inf)
+    return merge(o.unbind(1), s.unbind(1))

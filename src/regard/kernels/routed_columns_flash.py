@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.blocked_tiles import additive
+from regard.kernels.combine import merge
 from regard.kernels.routed_columns import ColumnBatch, Columns, Stage
 from regard.kernels.routed_tiles import Tiles
 
@@ -137,11 +138,7 @@ def _merge(parts: Tensor, sums: Tensor, places: Tensor) -> tuple[Tensor, Tensor]
         return parts.index_select(0, places[:, 0]), sums.index_select(0, places[:, 0])
     o = parts.index_select(0, places.flatten()).view(*places.shape, *parts.shape[1:])
     s = sums.index_select(0, places.flatten()).view(*places.shape, -1)
-    total = s.logsumexp(1)
-    share = (s - total.masked_fill(total == -torch.inf, 0)[:, None]).exp_()
-    if o.dtype != share.dtype:
-        return (o * share[..., None]).sum(1).to(o.dtype), total
-    return o.mul_(share[..., None]).sum(1), total
+    return merge(o.unbind(1), s.unbind(1))
 
 
 def backward(

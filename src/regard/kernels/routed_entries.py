@@ -40,6 +40,11 @@ class Units:
         """Strips in all."""
         return self.batch * self.heads // self.shared
 
+    @property
+    def each(self) -> int:
+        """Query heads, over all samples, that a list serves."""
+        return self.strips // self.lists * self.shared
+
     def of_strips(self) -> tuple[Tensor, Tensor]:
         """The list and the flat kv head of each strip."""
         strip = torch.arange(self.strips)

@@ -6,7 +6,6 @@ padded. Where the queries of a row differ in what they may see, the pairs of a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from regard.patterns import intervals as iv
 from regard.patterns.decided import Routed
 from regard.patterns.pattern import Pattern
 
-__all__ = ["BLOCK", "SpanBatch", "span_batches", "span_entries"]
+__all__ = ["BLOCK", "SpanBatch", "SpanRows", "span_batches", "span_entries", "span_rows"]
 
 BLOCK = 64  # keys in which spans are put together
 WASTE = 16  # a row is padded by at most a part in so many
@@ -99,7 +98,7 @@ class SpanBatch(Batch):
         return (found & real).expand(-1, self.size, -1)
 
 
-class _Class(NamedTuple):
+class SpanRows(NamedTuple):
     """Rows of the lists that one `within` and one `keep` hold for."""
 
     within: Pattern | None
@@ -111,7 +110,8 @@ class _Class(NamedTuple):
     even: Tensor  # bool [rows]: every query of the row sees them
 
 
-def _classes(routed: Routed, units: Units) -> Iterator[_Class]:
+def span_rows(routed: Routed, units: Units) -> list[SpanRows]:
+    """All rows of a route of spans."""
     assert routed.start is not None
     assert routed.stop is not None
     lead, n_rows, kv_len = (units.samples, units.decisions), routed.n_rows, routed.kv_len
@@ -120,6 +120,7 @@ def _classes(routed: Routed, units: Units) -> Iterator[_Class]:
     spans = spans.reshape(units.lists, n_rows, routed.start.shape[3], 2)
     first = routed.q_start + torch.arange(n_rows) * size
     last = (first + size).clamp(max=routed.q_start + routed.q_len)
+    found = []
     for (within, keep), members in classes(routed, units).items():
         own = spans[torch.tensor(members)].flatten(0, 1)
         most = least = iv.clip(own, kv_len)  # what any and what every query of the row sees
@@ -132,13 +133,14 @@ def _classes(routed: Routed, units: Units) -> Iterator[_Class]:
         counts = iv.length(most)
         even = torch.ones_like(counts, dtype=torch.bool) if exact else iv.length(least) == counts
         rows = (torch.tensor(members)[:, None] * n_rows + torch.arange(n_rows)).flatten()
-        yield _Class(within, keep, rows, own, most, counts, even)
+        found.append(SpanRows(within, keep, rows, own, most, counts, even))
+    return found
 
 
-def span_batches(routed: Routed, units: Units) -> list[Batch]:
+def span_batches(routed: Routed, spans: list[SpanRows]) -> list[Batch]:
     """The batches of a route of spans."""
     size = min(routed.block[0], routed.q_len)
-    return [batch for c in _classes(routed, units) for batch in _batches(routed, size, c)]
+    return [batch for c in spans for batch in _batches(routed, size, c)]
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,10 @@ class _Edges:
         return self._table[torch.from_numpy(kinds)][..., None, :]
 
 
-def span_entries(routed: Routed, units: Units) -> Listed | None:
+def span_entries(spans: list[SpanRows]) -> Listed | None:
     """The blocks of `BLOCK` keys that spans lie in; None where the queries of a row differ in what they see."""
     parts = []
-    for c in _classes(routed, units):
+    for c in spans:
         if not bool(c.even.all()):
             return None
         lo, hi = (x.numpy() for x in c.sets.unbind(-1))
@@ -185,7 +187,7 @@ def _rows(pattern: Pattern, first: Tensor, last: Tensor, kv_len: int) -> tuple[T
     return iv.clip(found.any, kv_len), iv.clip(found.all, kv_len), found.exact[0]
 
 
-def _batches(routed: Routed, size: int, of: _Class) -> list[Batch]:
+def _batches(routed: Routed, size: int, of: SpanRows) -> list[Batch]:
     """Rows by their number of keys, rounded up, those whose queries differ apart."""
     sets, counts, even = of.sets, of.counts, of.even
     step = torch.clamp(counts // WASTE, min=1)

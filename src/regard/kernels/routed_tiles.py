@@ -16,7 +16,7 @@ from torch import Tensor
 from regard.kernels.routed_columns import SHORT, Columns, make_columns, pays
 from regard.kernels.routed_entries import Listed, Units, block_entries, sizes, slots, units_of
 from regard.kernels.routed_rows import Batch, block_batches
-from regard.kernels.routed_spans import BLOCK, span_batches, span_entries
+from regard.kernels.routed_spans import BLOCK, SpanRows, span_batches, span_entries, span_rows
 from regard.patterns.decided import Routed
 
 __all__ = ["Chunk", "Tiles", "make_tiles"]
@@ -67,8 +67,12 @@ class Tiles:
     def batches(self) -> list[Batch]:
         """Rows of queries with the keys that they were given."""
         if self.blocks is None:
-            return span_batches(self.routed, self.units)
+            return span_batches(self.routed, self._spans)
         return block_batches(self.blocks, self.units.lists * self.n_rows, sizes(self.routed), self.kv_slots)
+
+    @cached_property
+    def _spans(self) -> list[SpanRows]:
+        return span_rows(self.routed, self.units)
 
     @cached_property
     def columns(self) -> Columns | None:
@@ -77,7 +81,7 @@ class Tiles:
             return None
         listed, block = self.blocks, sizes(self.routed)[1]
         if listed is None:
-            listed, block = span_entries(self.routed, self.units), BLOCK
+            listed, block = span_entries(self._spans), BLOCK
         if listed is None or not pays(listed, self.units, self.size, block):
             return None
         shape = (self.n_rows, -(-self.kv_slots // block))
@@ -86,8 +90,7 @@ class Tiles:
     @property
     def pairs(self) -> int:
         """Pairs that are computed, over all heads and samples."""
-        each = self.units.strips // self.units.lists * self.units.shared
-        return each * sum(len(b) * b.size * b.n for b in self.batches)
+        return self.units.each * sum(len(b) * b.size * b.n for b in self.batches)
 
     @property
     def gathered(self) -> int:
@@ -97,9 +100,8 @@ class Tiles:
     @property
     def listed(self) -> tuple[int, int]:
         """Blocks over all query heads and samples, and those that need no mask."""
-        each = self.units.strips // self.units.lists * self.units.shared
         found = [b.listed for b in self.batches]
-        return each * sum(n for n, _ in found), each * sum(full for _, full in found)
+        return self.units.each * sum(n for n, _ in found), self.units.each * sum(full for _, full in found)
 
     @cached_property
     def strips(self) -> tuple[Tensor, Tensor]:
