@@ -1,5 +1,7 @@
 """Routing by k-means straight from its definition: loops over tokens, float64."""
 
+import math
+
 import numpy as np
 
 
@@ -24,9 +26,15 @@ def balanced(x, mu, width, allowed=None):
 
 
 def last_of_cluster(x_q, x_k, mu, width, start):
-    """Keys of each query: the last of its cluster up to its own place."""
+    """Keys of each query: those up to its own place in the last runs of its cluster."""
     of_q, of_k = nearest(x_q, mu), nearest(x_k, mu)
-    return [[k for k in range(start + i + 1) if of_k[k] == c][-width:] for i, c in enumerate(of_q)]
+    run = math.ceil(width / 4)
+    found = []
+    for i, c in enumerate(of_q):
+        mine = [k for k in range(start + i + 1) if of_k[k] == c]
+        runs = [mine[a : a + run] for a in range(0, len(mine), run)]
+        found.append([k for one in runs[-(width // run) :] for k in one])
+    return found
 
 
 def attention(q, k, v, q_groups, k_groups, causal):

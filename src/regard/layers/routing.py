@@ -20,6 +20,7 @@ from regard.patterns.select import pieces
 __all__ = ["KMeansRoute", "Members", "RoutingAttention"]
 
 Members = Literal["balanced", "nearest"]
+RUNS = 4  # runs of a cluster's keys that a query meets at most
 
 
 class KMeansRoute(nn.Module, Route):
@@ -31,8 +32,10 @@ class KMeansRoute(nn.Module, Route):
     ``within`` no query reads a later value, but whether it is in a group at all, and with which earlier keys, does hang
     on later tokens. So this rule is for whole sequences, and what it scores on next-token prediction is optimistic.
 
-    ``members="nearest"``, for causal models: a query meets the last w keys up to its own place that have the same
-    nearest centroid. Nothing of it depends on a later token, and steps give the numbers of the whole sequence.
+    ``members="nearest"``, for causal models: the keys with the same nearest centroid, by position, are cut into runs of
+    ``r = ceil(w / 4)``, and a query meets those up to its own place in the last ``floor(w / r)`` runs with any: at most
+    w keys, and at least ``floor(w / r) r - r + 1`` where there are so many. Nothing of it depends on a later token, and
+    steps give the numbers of the whole sequence.
 
     Centroids are buffers: `update` moves them while training, and nothing else does.
 
@@ -97,7 +100,7 @@ class KMeansRoute(nn.Module, Route):
         within: Pattern | None = None,
         q_start: int | None = None,
     ) -> Routed:
-        """Groups ("balanced"), or single keys of single queries ("nearest").
+        """Groups ("balanced"), or runs of a cluster's keys for single queries ("nearest").
 
         Raises:
             ValueError: other heads or another head_dim than its own; "balanced" for queries that are not the whole
@@ -136,23 +139,31 @@ class KMeansRoute(nn.Module, Route):
 
     def _nearest(self, x_q: Tensor, x_k: Tensor, seen: Tensor, start: int, within: Pattern | None) -> Routed:
         queries, keys, c = x_q.shape[2], x_k.shape[2], self.centroids.shape[1]
-        width = min(-(-keys // c) if self.width is None else self.width, keys)
+        width = max(1, min(-(-keys // c) if self.width is None else self.width, keys))
+        run = -(-width // RUNS)
         # keys in the order of their clusters, by position inside one; what no query may see stands behind all
         cluster = self.assign(x_k).masked_fill(~seen, c)
         codes, order = (cluster * keys + torch.arange(keys, device=x_k.device)).sort(-1)
-        mine = self.assign(x_q) * keys
-        place = torch.arange(queries, device=x_q.device) + start
-        first, end = (
-            torch.searchsorted(codes, code.contiguous()) for code in (mine, mine + (place + 1).clamp(max=keys))
-        )
-        first = torch.maximum(first, end - width)  # the last w up to the query's own place
-        runs = F.pad(order.int(), (0, width)).unfold(2, width, 1)
-        sample, head = torch.arange(len(order))[:, None, None], torch.arange(order.shape[1])[:, None]
-        count = (end - first).int()
-        index = runs[sample.to(order.device), head.to(order.device), first]  # what is behind the count is not read
-        return Routed.tokens(
-            index, count, q_len=queries, kv_len=keys, q_start=start, check=False,
-            within=both(within, Causal()), cost=self.cost(queries, keys, x_q.shape[3]),
+        edges = torch.arange(c + 1, device=x_k.device).mul(keys).expand(*codes.shape[:2], -1).contiguous()
+        begin = torch.searchsorted(codes, edges)
+        runs = (begin.diff(dim=-1) + run - 1) // run
+        last = runs.cumsum(-1)
+        first = last - runs  # of each cluster's runs: none holds keys of two clusters
+        n_runs = int(last[..., -1].amax()) if last.numel() else 0
+        real = cluster.gather(2, order)
+        slot = torch.arange(keys, device=x_k.device) + (first * run - begin[..., :c]).gather(2, real.clamp(max=c - 1))
+        slots = order.new_full((*order.shape[:2], n_runs * run + 1), -1)
+        slots.scatter_(2, torch.where(real < c, slot, n_runs * run), order)
+        mine = self.assign(x_q)
+        place = (torch.arange(queries, device=x_q.device) + start + 1).clamp(max=keys)
+        met = torch.searchsorted(codes, mine * keys + place) - begin.gather(2, mine)
+        open_ = (met + run - 1) // run  # runs of the cluster with a key up to the query's place
+        count = open_.clamp(max=width // run)
+        index = (first.gather(2, mine) + open_ - count)[..., None] + torch.arange(width // run, device=x_q.device)
+        index = torch.where(torch.arange(width // run, device=x_q.device) < count[..., None], index, -1)
+        return Routed.blocks(
+            index.int(), count.int(), block=(1, run), q_len=queries, kv_len=keys, q_start=start, check=False,
+            kv_order=slots[..., :-1], within=both(within, Causal()), cost=self.cost(queries, keys, x_q.shape[3]),
         )  # fmt: skip
 
     def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:

@@ -84,11 +84,14 @@ class Superlinear(Route):
         """``(start, stop)`` of the span of every anchor, half-open; ``start >= stop`` where a query has none."""
         t = positions[:, None]
         anchor = t - steps.to(t.device) + 1
+        start, stop = self._around(t, anchor)
+        return torch.where(anchor >= 0, start, 0), torch.where(anchor >= 0, stop, 0)
+
+    def _around(self, t: Int[Tensor, "..."], anchor: Int[Tensor, "..."]) -> tuple[Int[Tensor, "..."], ...]:
+        """The span of an anchor >= 0 of the query at t; never empty, as no anchor is inside the window."""
         r = (t.double() + 1) ** (1 - 1 / self.p)
         start = (anchor - _ceil(self.b * r)).clamp(min=0)
-        stop = torch.minimum(anchor + _ceil(self.f * r), t - self.window.left - 1) + 1
-        there = anchor >= 0
-        return torch.where(there, start, 0), torch.where(there, stop, 0)
+        return start, torch.minimum(anchor + _ceil(self.f * r), t - self.window.left - 1) + 1
 
     def summarize(self, k: Float[Tensor, "batch kv_heads length head_dim"], *, past: Summary | None = None) -> Summary:
         """``key``: every key, since each is an anchor of some later query."""
@@ -109,12 +112,13 @@ class Superlinear(Route):
             products = [grouped[:, :, :, skip:] * at for skip, at in self._met(key, q_start, q_len, steps)]
             found = [pad(x.sum(-1), (q_len - x.shape[3], 0), value=-torch.inf).flatten(1, 2) for x in products]
             return torch.stack(found, -1) if found else q.new_zeros(batch, heads, q_len, 0)
-        out = grouped.new_full((len(steps), *grouped.shape[:-1]), -torch.inf)
+        out = grouped.new_empty(len(steps), *grouped.shape[:-1])
         held = torch.empty_like(grouped)  # one product's memory serves all anchors
         for each, (skip, at) in zip(out, self._met(key, q_start, q_len, steps), strict=True):
             product = torch.mul(grouped[:, :, :, skip:], at, out=held[:, :, :, skip:])
             torch.sum(product, -1, out=each[:, :, :, skip:])
-        return out.flatten(2, 3).movedim(0, -1)
+            each[:, :, :, :skip] = -torch.inf
+        return out.flatten(2, 3).movedim(0, -1).contiguous()
 
     @staticmethod
     def _met(key: Tensor, q_start: int, q_len: int, steps: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -175,18 +179,19 @@ class Superlinear(Route):
         at = torch.arange(q_start, q_start + q.shape[2], device=q.device)
         steps = self.steps(q_start + q.shape[2])
         scores = self.scores(q, key, q_start, steps)
-        low, high = self.spans(at, steps)
-        may = low < high
+        seen, steps = checked(scores), steps.to(at.device)
         if within is not None:
             head = torch.arange(q.shape[1], device=q.device)[:, None, None]
             sample = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
-            anchors = at[:, None] - steps.to(at.device) + 1
-            may = may & within.allows(at[:, None], anchors.clamp(min=0), head, sample)
-        index, _ = to_index(best(checked(scores).masked_fill(~may, -torch.inf), self.k))
+            anchors = at[:, None] - steps + 1
+            may = within.allows(at[:, None], anchors.clamp(min=0), head, sample) | (anchors < 0)
+            if not bool(may.all()):  # of anchors that are not there the score says so
+                seen = seen.masked_fill(~may, -torch.inf)
+        index, _ = to_index(best(seen, self.k))
         some = index >= 0
         index = index.clamp(min=0).long()
-        low, high = (torch.where(some, x.expand(scores.shape).gather(-1, index), 0) for x in (low, high))
-        return low, high, torch.where(some, scores.gather(-1, index), -torch.inf)
+        low, high = self._around(at[:, None], at[:, None] - steps[index] + 1)
+        return torch.where(some, low, 0), torch.where(some, high, 0), scores.gather(-1, index).where(some, -torch.inf)
 
     def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:
         """A product with the key of every anchor of every query, the queries being the last ones."""
