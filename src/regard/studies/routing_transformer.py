@@ -58,7 +58,7 @@ CLAIMS = [
         "causal-membership",
         "a rule of which nothing depends on later tokens keeps as much mass",
         kind="mechanism",
-        ours="mass kept by the last 32 keys with the query's nearest centroid",
+        ours="mass kept by the last keys, 25 to 32 of them, with the query's nearest centroid",
         holds_if="no change of a token changes an output before it, and at least the paper's rule's mass - 0.02",
     ),
     Claim(
