@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from machine import cpu
+from machine import cpu, use_threads
 
 METHODS = ("rollout", "attention x gradient", "head importance")
 SEED = 0
@@ -71,7 +71,7 @@ def load(arm: str, length: int) -> tuple[Any, dict[str, Any]]:
 
     import regard
 
-    torch.set_num_threads(int(os.environ.get("REGARD_BENCH_THREADS", "2")))
+    use_threads()
     model = regard.load("testbed:decoder").model
     if arm == "matrices":
         model.set_attn_implementation("eager")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import cpu
+from machine import cpu, use_threads
 
 HERE = Path(__file__).parent
 
@@ -140,8 +139,7 @@ def main() -> None:
     if args.length <= WINDOW or args.length % 256:
         parser.error(f"--length must be a multiple of 256 above the window of {WINDOW}, got {args.length}")
 
-    threads = int(os.environ.get("REGARD_BENCH_THREADS", "2"))
-    torch.set_num_threads(threads)
+    threads = use_threads()
     results = []
     began = time.perf_counter()
     for make in cases(args.device, args.length):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -23,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from machine import cpu
+from machine import cpu, use_threads
 
 HERE = Path(__file__).parent
 SEED = 0
@@ -215,8 +214,7 @@ def main() -> None:
         return
     import torch
 
-    threads = int(os.environ.get("REGARD_BENCH_THREADS", "2"))
-    torch.set_num_threads(threads)
+    threads = use_threads()
     for name in ("decoder", "video"):
         if args.only not in (None, name):
             continue

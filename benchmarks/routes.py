@@ -16,17 +16,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import cpu
+from machine import cpu, use_threads
 
 HERE = Path(__file__).parent
 HEADS, HEAD_DIM = 8, 64
@@ -135,7 +135,9 @@ def measure(name: str, make: Any, length: int, repeats: int, backward: bool, dev
     else:
         arms["dense"] = lambda: sdpa(q, k, v, is_causal=True)
         arms["decide"] = lambda: route(q, k)
-        arms["attend"] = lambda: attend(q, k, v, routed, backend="blocked")
+        arms["attend"] = lambda: attend(
+            q, k, v, replace(routed), backend="blocked"
+        )  # a new one, of which nothing is kept
     times: dict[str, list[float]] = {name: [] for name in arms}
     with torch.set_grad_enabled(backward):
         for turn in range(repeats + 1):
@@ -222,7 +224,7 @@ def main() -> None:
         return
     import torch
 
-    torch.set_num_threads(int(os.environ.get("REGARD_BENCH_THREADS", "2")))
+    use_threads()
     named = {name: make for name, make in cases(args.length).items() if args.only in name}
     if not named:
         parser.error(f"no case has {args.only!r} in its name; there are {', '.join(cases(args.length))}")

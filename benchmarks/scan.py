@@ -17,7 +17,6 @@ import argparse
 import copy
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import cpu
+from machine import cpu, use_threads
 
 LAYERS = HEADS = 12
 VOCAB, SEED = 1024, 0
@@ -236,8 +235,7 @@ def main() -> None:
         return
     import torch
 
-    threads = int(os.environ.get("REGARD_BENCH_THREADS", "2"))
-    torch.set_num_threads(threads)
+    threads = use_threads()
     first, last = map(int, args.layers.split("-"))
     part = measure(args.prompts, args.length, range(first, last + 1), args.peer_heads)
     size = {"prompts": args.prompts, "length": args.length}

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import cpu
+from machine import cpu, use_threads
 
 VOCAB, HEAD_DIM = 32_000, 64
 
@@ -129,7 +129,7 @@ def work(case: Case, arm: str) -> None:
     """The life of one arm: build the model, then run once for each line read, and print what it took."""
     import torch
 
-    torch.set_num_threads(int(os.environ.get("REGARD_BENCH_THREADS", "2")))
+    use_threads()
     import regard
 
     model = build(case, "eager" if arm == "eager" else "sdpa")
@@ -164,7 +164,8 @@ def attention_call(case: Case, repeats: int) -> float:
     """Seconds of one layer's causal SDPA call: the unit of the floors."""
     code = f"""
 import time, torch
-torch.set_num_threads(int({os.environ.get("REGARD_BENCH_THREADS", "2")!r}))
+if torch.get_num_threads() != int({os.environ.get("REGARD_BENCH_THREADS", "2")!r}):
+    torch.set_num_threads(int({os.environ.get("REGARD_BENCH_THREADS", "2")!r}))
 q, k, v = torch.randn(3, 1, {case.heads}, {case.length}, {HEAD_DIM}, device={case.device!r}).to(torch.{case.dtype})
 f = torch.nn.functional.scaled_dot_product_attention
 sync = torch.cuda.synchronize if {case.device!r} == "cuda" else (lambda: None)

@@ -333,15 +333,31 @@ def test_bands_are_read_where_they_stand(seed, case):
     near(lse, want_lse, 2e-5)
 
 
+def test_a_stored_route_is_cut_into_tiles_once_for_each_shape_of_call():
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([[[[0, 1], [1, 2], [2, 3], [3, -1]]]])
+    routed = Routed.blocks(index, block=8, q_len=32, kv_len=32, q_order=order[None, None], kv_order=order[None, None])
+    assert make_tiles(routed, 2, 3, 3) is make_tiles(routed, 2, 3, 3)
+    assert make_tiles(routed, 2, 3, 1) is not make_tiles(routed, 2, 3, 3)
+    assert make_tiles(routed.over(3), 2, 3, 3) is not make_tiles(routed, 2, 3, 3)  # another pattern
+    for batch, heads in ((1, 2), (3, 2), (1, 2), *((1, n) for n in range(1, 12))):
+        q, k, v = torch.randn(3, batch, heads, 32, 8, dtype=torch.float64)
+        out, lse = attend(q, k, v, routed, return_lse=True)
+        want, want_lse = attended(q, k, v, routed)
+        near(out, want, 1e-9)
+        near(lse, want_lse, 1e-9)
+    assert len(routed.kept) <= 10
+
+
 def test_rows_of_a_band_are_runs():
     routed = rounded(Window(16, 16), 128, 16)  # 8 rows of 3 blocks, but the first and the last
     tiles = make_tiles(routed, 2, 3, 3)
-    found = [routed_flash._runs(tiles, batch) for batch in tiles.batches]
+    found = tiles.runs
     assert all(others is None for _, others in found)
     runs = sorted(run for some, _ in found for run in some)
     assert runs == [(0, 1, 0, 0), (1, 6, 0, 16), (7, 1, 96, 0)]
     spread = Routed.blocks(torch.tensor([[[[0, 2], [1, 3], [0, 3], [0, 2]]]]), block=(8, 8), q_len=32, kv_len=32)
     tiles = make_tiles(spread, 1, 1, 1)
-    ((runs, others),) = [routed_flash._runs(tiles, batch) for batch in tiles.batches]
+    ((runs, others),) = tiles.runs
     assert [tuple(run) for run in runs] == []
     assert len(others) == 4

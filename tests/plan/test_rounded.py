@@ -62,20 +62,21 @@ def test_patterns_of_other_kinds_are_left_to_themselves():
     assert density_of(Window(3), 9, 9) == Window(3).density(9, 9)
 
 
+@pytest.mark.parametrize("block", [8, (16, 4), (12, 8)])
 @pytest.mark.parametrize("text", [(0, 0), (3, 2)])
-def test_options_rounded_up_hold_the_exact_ones(text):
+def test_options_rounded_up_hold_the_exact_ones(text, block):
     prefix, suffix = text
     length = prefix + 96 + suffix
     received = torch.rand(2, length, generator=torch.Generator().manual_seed(0))
     i, head = torch.arange(length), torch.arange(2)[:, None, None]
     how = {"prefix": prefix, "suffix": suffix}
-    exact, blocks = (video_options((6, 4, 4), received, **how, block=b) for b in (None, 8))
+    exact, blocks = (video_options((6, 4, 4), received, **how, block=b) for b in (None, block))
     assert list(exact) == list(blocks)
     for name, pattern in exact.items():
         more, less = (p.allows(i[:, None], i, head).expand(2, length, length) for p in (blocks[name], pattern))
         assert not bool((less & ~more).any()), name
-        assert density_of(blocks[name], length, length) <= density_of(pattern, length, length) + 0.35, name
+        assert density_of(blocks[name], length, length) <= density_of(pattern, length, length) + 0.45, name
         if name in ("full", "stripe", "skip"):
             assert torch.equal(more, less), name
-    for kind, pattern in one_for_all((6, 4, 4), 0.4, received, **how, block=8).items():
-        assert 0.4 <= density_of(pattern, length, length) < 0.6, kind
+    for kind, pattern in one_for_all((6, 4, 4), 0.4, received, **how, block=block).items():
+        assert 0.4 <= density_of(pattern, length, length) < 0.65, kind

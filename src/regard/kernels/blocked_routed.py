@@ -65,28 +65,39 @@ def into_slots(x: Tensor, order: Tensor, heads: int) -> Tensor:
 
 def out_of_slots(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tensor, Tensor | None]:
     """The tokens' outputs from their slots'; several slots of a token are merged or averaged as `repeats` says."""
-    assert routed.q_order is not None
-    batch, heads, slots, width = out.shape
-    at = listed.places(routed.q_order.to(out.device), routed.q_len)  # [b, r, q_len, most]
+    batch, heads, _, width = out.shape
     lse = None if routed.repeats == "mean" else lse
-    shape = (batch, heads, routed.q_len)
-    rows = _rows(at, batch, heads, slots).view(-1, at.shape[-1])
+    name = ("slots", batch, heads, out.device)
+    if name not in routed.kept:
+        routed.kept[name] = _found_in(routed, batch, heads, out.device)
+    parts, back = routed.kept[name]
     flat, sums = out.reshape(-1, width), None if lse is None else lse.reshape(-1)
+    found = [_joined(flat, sums, rows, routed.repeats == "mean") for rows in parts]
+    if back is None:
+        o, s = found[0]
+    else:
+        o = torch.cat([x for x, _ in found]).index_select(0, back)
+        s = None if sums is None else torch.cat([x for _, x in found if x is not None]).index_select(0, back)
+    shape = (batch, heads, routed.q_len)
+    return o.view(*shape, width), None if s is None else s.view(shape)
+
+
+def _found_in(routed: Routed, batch: int, heads: int, device: torch.device) -> tuple[list[Tensor], Tensor | None]:
+    """Rows ``[tokens, c]`` of the flat slots of the tokens that have c of them, for each c: so none is copied for
+    nothing; and where each token's is among all, or None where all have as many and stand in order."""
+    assert routed.q_order is not None
+    at = listed.places(routed.q_order.to(device), routed.q_len)  # [b, r, q_len, most]
+    rows = _rows(at, batch, heads, routed.q_order.shape[2]).view(-1, at.shape[-1])
     counts = (at >= 0).sum(-1).repeat_interleave(heads // at.shape[1], 1).expand(batch, -1, -1).flatten()
-    # tokens with as many slots go together, so that none is copied for nothing
     order = counts.argsort(stable=True)
-    found = [
-        _joined(flat, sums, rows.index_select(0, tokens)[:, :c], routed.repeats == "mean")
+    parts = [
+        rows.index_select(0, tokens)[:, :c]
         for c, tokens in enumerate(order.split(torch.bincount(counts).tolist()))
         if len(tokens)
     ]
-    if len(found) == 1:  # in the order of tokens
-        o, s = found[0]
-    else:
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        o = torch.cat([x for x, _ in found]).index_select(0, back)
-        s = None if sums is None else torch.cat([x for _, x in found if x is not None]).index_select(0, back)
-    return o.view(*shape, width), None if s is None else s.view(shape)
+    if len(parts) == 1:
+        return parts, None
+    return parts, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
 
 
 def _joined(out: Tensor, lse: Tensor | None, rows: Tensor, mean: bool) -> tuple[Tensor, Tensor | None]:

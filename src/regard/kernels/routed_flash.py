@@ -6,16 +6,14 @@ Rows whose keys lie side by side, as in a band, are read in the forward pass whe
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.kernels.blocked_tiles import additive
-from regard.kernels.routed_rows import Batch, BlockBatch
-from regard.kernels.routed_tiles import Chunk, Tiles
+from regard.kernels.routed_rows import Batch
+from regard.kernels.routed_tiles import Chunk, Run, Tiles
 
 __all__ = ["backward", "forward"]
 
@@ -63,46 +61,11 @@ class _Work:
         return mask.expand(len(chunk.keys), -1, -1, -1)
 
 
-class _Run(NamedTuple):
-    """Rows that follow each other, each with the keys ``start + step * i`` and on, i counted from the first row."""
-
-    first: int
-    rows: int
-    start: int
-    step: int
-
-
-def _runs(tiles: Tiles, batch: Batch) -> tuple[list[_Run], Batch | None]:
-    """The rows of a batch that read keys side by side, as few runs, and a batch of the others.
-
-    Only where all strips read the same whole blocks, each of a kv head of its own, and under no mask.
-    """
-    u = tiles.units
-    if u.lists > 1 or u.strips != u.batch * u.kv_heads or not isinstance(batch, BlockBatch):
-        return [], batch
-    if batch.kinds.shape[1] or batch.unit != batch.width:
-        return [], batch
-    beside = (batch.blocks.diff(dim=1) == 1).all(1)
-    rows, start = batch.rows[beside], batch.blocks[beside, 0]
-    step = start.diff()
-    ends = (rows.diff() != 1) | (step < 0)
-    ends[1:] |= ~ends[:-1] & (step[1:] != step[:-1])
-    at = [0, *(ends.nonzero()[:, 0] + 1).tolist(), len(rows)]
-    if not len(rows) or (len(at) > 3 and 2 * len(at) > len(rows)):
-        return [], batch  # many small calls take longer than to gather
-    found = [
-        _Run(int(rows[a]), b - a, int(start[a]) * batch.width, int(step[a]) * batch.width if b - a > 1 else 0)
-        for a, b in pairwise(at)
-    ]
-    others = replace(batch, rows=batch.rows[~beside], blocks=batch.blocks[~beside])
-    return found, others if len(others) else None
-
-
 def _take(x: Tensor, tiles: Tensor | slice) -> Tensor:
     return x[tiles] if isinstance(tiles, slice) else x.index_select(0, tiles)
 
 
-def _side_by_side(x: Tensor, tiles: Tiles, run: _Run, n: int) -> Tensor:
+def _side_by_side(x: Tensor, tiles: Tiles, run: Run, n: int) -> Tensor:
     """``[strips, rows, n, width]`` of the flat keys or values, no copy: rows overlap."""
     width = x.shape[-1]
     shape, strides = (tiles.units.strips, run.rows, n, width), (tiles.kv_slots * width, run.step * width, width, 1)
@@ -125,8 +88,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> tupl
     lse = q.new_full(rows.shape[:2], -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     work = _Work(k, shared, 2)
     at, left = (-1, tiles.n_rows, *rows.shape[1:]), []
-    for batch in tiles.batches:
-        runs, others = _runs(tiles, batch)
+    for batch, (runs, others) in zip(tiles.batches, tiles.runs, strict=True):
         left += [others] if others is not None else []
         for run in runs:
             mine = slice(run.first, run.first + run.rows)

@@ -6,8 +6,10 @@ A tile is one row of queries of a strip (query heads that share keys and decisio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,13 @@ from torch import Tensor
 
 from regard.kernels.routed_columns import SHORT, Columns, make_columns, pays
 from regard.kernels.routed_entries import Listed, Units, block_entries, sizes, slots, units_of
-from regard.kernels.routed_rows import Batch, block_batches
+from regard.kernels.routed_rows import Batch, BlockBatch, block_batches
 from regard.kernels.routed_spans import BLOCK, SpanRows, span_batches, span_entries, span_rows
 from regard.patterns.decided import Routed
 
-__all__ = ["Chunk", "Tiles", "make_tiles"]
+__all__ = ["Chunk", "Run", "Tiles", "make_tiles"]
+
+KEPT = 8  # tiles, for calls of so many shapes, that a route holds on to
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,15 @@ class Chunk:
         x.view(-1, width).index_add_(0, self.keys.flatten().to(x.device), values.reshape(-1, width).to(x.dtype))
 
 
+class Run(NamedTuple):
+    """Rows that follow each other, each with the keys ``start + step * i`` and on, i counted from the first row."""
+
+    first: int
+    rows: int
+    start: int
+    step: int
+
+
 @dataclass(frozen=True, eq=False)
 class Tiles:
     """A call's batches, and how its tensors are cut."""
@@ -69,6 +82,11 @@ class Tiles:
         if self.blocks is None:
             return span_batches(self.routed, self._spans)
         return block_batches(self.blocks, self.units.lists * self.n_rows, sizes(self.routed), self.kv_slots)
+
+    @cached_property
+    def runs(self) -> list[tuple[list[Run], Batch | None]]:
+        """Of each batch the rows that read keys where they stand, and a batch of the others."""
+        return [_runs(self, batch) for batch in self.batches]
 
     @cached_property
     def _spans(self) -> list[SpanRows]:
@@ -173,8 +191,40 @@ def _on(x: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def make_tiles(routed: Routed, batch: int, heads: int, kv_heads: int) -> Tiles:
-    """The tiles of a call of so many samples and heads; kv heads as the slots have them."""
-    units = units_of(routed, batch, heads, kv_heads)
-    (q_slots, kv_slots), (size, _) = slots(routed), sizes(routed)
-    blocks = None if routed.index is None else block_entries(routed, units)
-    return Tiles(routed, units, blocks, routed.n_rows, size, q_slots, kv_slots)
+    """The tiles of a call of so many samples and heads; kv heads as the slots have them. Made once for each such shape:
+    a stored route is called again and again."""
+    kept, name = routed.kept, ("tiles", batch, heads, kv_heads)
+    if name not in kept:
+        units = units_of(routed, batch, heads, kv_heads)
+        (q_slots, kv_slots), (size, _) = slots(routed), sizes(routed)
+        blocks = None if routed.index is None else block_entries(routed, units)
+        if len(kept) >= KEPT:
+            kept.clear()
+        kept[name] = Tiles(routed, units, blocks, routed.n_rows, size, q_slots, kv_slots)
+    return kept[name]
+
+
+def _runs(tiles: Tiles, batch: Batch) -> tuple[list[Run], Batch | None]:
+    """The rows of a batch that read keys side by side, as few runs, and a batch of the others.
+
+    Only where all strips read the same whole blocks, each of a kv head of its own, and under no mask.
+    """
+    u = tiles.units
+    if u.lists > 1 or u.strips != u.batch * u.kv_heads or not isinstance(batch, BlockBatch):
+        return [], batch
+    if batch.kinds.shape[1] or batch.unit != batch.width:
+        return [], batch
+    beside = (batch.blocks.diff(dim=1) == 1).all(1)
+    rows, start = batch.rows[beside], batch.blocks[beside, 0]
+    step = start.diff()
+    ends = (rows.diff() != 1) | (step < 0)
+    ends[1:] |= ~ends[:-1] & (step[1:] != step[:-1])
+    at = [0, *(ends.nonzero()[:, 0] + 1).tolist(), len(rows)]
+    if not len(rows) or (len(at) > 3 and 2 * len(at) > len(rows)):
+        return [], batch  # many small calls take longer than to gather
+    found = [
+        Run(int(rows[a]), b - a, int(start[a]) * batch.width, int(step[a]) * batch.width if b - a > 1 else 0)
+        for a, b in pairwise(at)
+    ]
+    others = replace(batch, rows=batch.rows[~beside], blocks=batch.blocks[~beside])
+    return found, others if len(others) else None

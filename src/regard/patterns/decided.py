@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -230,6 +231,11 @@ class Routed(Makers, Pattern):
         assert self.index is not None
         assert self.count is not None
         return ls.codes(self.index, self.count, self.n_columns)
+
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What kernels made of it for later calls; gone with it."""
+        return {}
 
     def of(self, head: int = 0, sample: int = 0) -> Pattern:
         """One head of one sample: what it lists, ``| keep``, ``& within``."""

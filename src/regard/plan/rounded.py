@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from regard.patterns import Order, Pattern, Routed
+from regard.patterns.layout import block_size
 from regard.patterns.order import with_ends
 from regard.patterns.routed_layout import padded
 
@@ -43,17 +44,17 @@ def rounded(pattern: Pattern, length: int, block: int | tuple[int, int], order: 
 
 
 def rounded_columns(
-    columns: Int[Tensor, "heads count"], length: int, block: int, *, prefix: int = 0, suffix: int = 0
+    columns: Int[Tensor, "heads count"], length: int, block: int | tuple[int, int], *, prefix: int = 0, suffix: int = 0
 ) -> Routed:
     """The same keys for every query, one list a head, rounded up by nothing: the keys are gathered into blocks.
 
     Args:
         columns: keys of each head, ascending; none of them text.
         length: tokens, text included.
-        block: keys of a block.
+        block: tokens of a block, or (queries, keys); without text rows are of up to `ROWS` queries in any case.
         prefix, suffix: text before and behind, which every query sees and whose queries see every key.
     """
-    heads = len(columns)
+    (size, block), heads = block_size(block), len(columns)
     ends = torch.cat([torch.arange(prefix), torch.arange(length - suffix, length)]).expand(heads, -1)
     listed = torch.cat([columns, ends], 1).sort(-1).values
     parts, rows = [_to_blocks(listed, block)], min(length, ROWS)
@@ -62,7 +63,7 @@ def rounded_columns(
         return Routed.blocks(
             blocks.contiguous(), block=(rows, block), q_len=length, kv_len=length, q_start=0, kv_order=parts[0][None]
         )
-    rows = min(block, rows)
+    rows = min(size, rows)
     rest = torch.ones(heads, length, dtype=torch.bool).scatter_(1, listed, False)
     parts.append(_to_blocks(rest.nonzero()[:, 1].view(heads, -1), block))
     slots = torch.cat(parts, 1)

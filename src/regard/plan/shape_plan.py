@@ -59,7 +59,7 @@ class ShapeErrors:
     """What each option takes for one head, ``[options]``; None: not timed."""
     received: dict[str, Tensor]
     """By layer: the mass that each key received, ``[heads, length]``."""
-    block: int | None
+    block: int | tuple[int, int] | None
     """Whether shapes were rounded up to blocks, and to which."""
     projected: bool
     """Whether every layer's output projection was found; else errors are those of the heads' own outputs."""
@@ -72,7 +72,7 @@ def record_shapes(
     *,
     prefix: int = 0,
     suffix: int = 0,
-    block: int | None = None,
+    block: int | tuple[int, int] | None = None,
     widths: Sequence[int] = WIDTHS,
     timed: bool = False,
     anatomy: Anatomy | None = None,
@@ -85,7 +85,8 @@ def record_shapes(
         model: any model that the seam sees; run without gradients and in evaluation mode.
         inputs: of several prompts and steps, with both guidance branches: dicts, tuples or tensors for ``model``.
         shape, prefix, suffix: tokens of the video and of the text around it, see `video_options`.
-        block: None: exact shapes; 64, say: rounded up to whole blocks, which kernels run faster; see `video_options`.
+        block: None: exact shapes; 64 or (256, 64), say: rounded up to whole blocks of tokens, or of (queries, keys),
+            which kernels run faster; see `video_options`.
         widths: of diagonals and multi-diagonals, see `video_options`.
         timed: whether to time every option on this machine, for plans by seconds.
         anatomy: the model's parts, where its output projections cannot be found.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.patterns import AxisOrder, Columns, Diagonals, Full, Pattern, PerHead, Queries, Window
+from regard.patterns.layout import block_size
 from regard.plan.rounded import density_of, rounded, rounded_columns
 from regard.plan.search import Found, search
 
@@ -31,7 +32,7 @@ def video_options(
     *,
     prefix: int = 0,
     suffix: int = 0,
-    block: int | None = None,
+    block: int | tuple[int, int] | None = None,
     widths: Sequence[int] = WIDTHS,
 ) -> dict[str, Pattern]:
     """The options of a head by name: "full", "diagonal/32" and on (``|i - j| <= L / 32``), "multi-diagonal/32" and on
@@ -42,9 +43,10 @@ def video_options(
         received: mass that each key receives, text included; None: no stripes are offered.
         prefix, suffix: tokens of text before and behind the video: every query sees them, and they see every key, but
             under "skip".
-        block: None: pair by pair, as said. Else every shape is rounded up to whole blocks of so many tokens and stored
-            as a route, which a kernel runs without masks: multi-diagonals in the order that puts the frames of a place
-            together, stripes with their keys gathered.
+        block: None: pair by pair, as said. Else every shape is rounded up to whole blocks of so many tokens, or of
+            (queries, keys), and stored as a route, which a kernel runs without masks: multi-diagonals in the order that
+            puts the frames of a place together, stripes with their keys gathered. Blocks of more queries make larger
+            products and copy fewer keys.
         widths: the parts 32, 16, 8 of the length, or of a frame. For budgets near the whole, 4, 3 and 2 besides:
             else heads are dense or narrow, and one wide diagonal for all may lose less.
     """
@@ -103,7 +105,7 @@ def one_for_all(
     *,
     prefix: int = 0,
     suffix: int = 0,
-    block: int | None = None,
+    block: int | tuple[int, int] | None = None,
 ) -> dict[str, Pattern]:
     """Of each sparse shape the narrowest pattern of at least this density, for all heads: what a plan has to beat.
 
@@ -131,10 +133,12 @@ def one_for_all(
 class _Text:
     """The shapes of all tokens, text joined, exact or rounded up to blocks."""
 
-    def __init__(self, prefix: int, length: int, suffix: int, block: int | None, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, prefix: int, length: int, suffix: int, block: int | tuple[int, int] | None, shape: tuple[int, ...]
+    ) -> None:
         self.prefix, self.suffix, self.end, self.whole = prefix, suffix, prefix + length, prefix + length + suffix
         self.text = tuple((a, b) for a, b in ((0, prefix), (self.end, self.whole)) if a < b)
-        self.block, self.shape = block, shape
+        self.block, self.shape = None if block is None else block_size(block), shape
 
     def diagonal(self, width: int) -> Pattern:
         return self._rounded(Window(width, width), tuple(range(len(self.shape))))
@@ -166,12 +170,12 @@ class _Text:
             return pattern
         order = None
         if axes != tuple(range(len(axes))) or self.text:
-            order = AxisOrder(self.shape, axes, self.prefix, self.suffix, self.block)
+            order = AxisOrder(self.shape, axes, self.prefix, self.suffix, lcm(*self.block))
         return _kept(pattern, self.whole, self.block, order)
 
 
 @lru_cache(maxsize=128)
-def _kept(pattern: Pattern, length: int, block: int, order: AxisOrder | None) -> Pattern:
+def _kept(pattern: Pattern, length: int, block: tuple[int, int], order: AxisOrder | None) -> Pattern:
     return rounded(pattern, length, block, order)
 
 
