@@ -15,18 +15,22 @@ def gen(seed=0):
 
 @given(
     frames=st.integers(1, 6),
-    height=st.integers(8, 14),
-    width=st.integers(8, 14),
+    room=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    step=st.integers(1, 3),
+    hold=st.integers(1, 3),
     speed=st.integers(0, 3),
     seed=st.integers(0, 99),
     texture=st.sampled_from([0.0, 0.3]),
 )
-def test_every_pixel_is_the_oracle_s(frames, height, width, speed, seed, texture):
-    task = MovingDigits((frames, height, width), speed=speed, texture=texture)
+def test_every_pixel_is_the_oracle_s(frames, room, step, hold, speed, seed, texture):
+    height, width = (8 + step * (n // step) for n in room)
+    task = MovingDigits((frames, height, width), speed=speed, texture=texture, step=step, hold=hold)
     scenes = task.scenes(1, gen(seed))
+    assert not (scenes.start % step).any()
+    assert not (scenes.velocity % step).any()
     video = task.render(scenes)
     for i, one in enumerate(zip(*scenes, strict=True)):
-        assert torch.equal(video[i], render(task.shape, *one))
+        assert torch.equal(video[i], render(task.shape, *one, hold))
 
 
 @given(st.integers(0, 12), st.integers(-5, 5), st.integers(0, 12))
@@ -125,6 +129,10 @@ def test_refusals():
         MovingDigits(speed=-1)
     with pytest.raises(ValueError, match=r"texture must be in \[0, 0\.5\)"):
         MovingDigits(texture=0.5)
+    with pytest.raises(ValueError, match="hold must be at least 1, got 0"):
+        MovingDigits(hold=0)
+    with pytest.raises(ValueError, match=r"8 and a multiple of step = 4, got \(32, 30\)"):
+        MovingDigits((8, 32, 30), step=4)
     with pytest.raises(ValueError, match=r"2 prompts of ids in 0\.\.14"):
         MovingDigits().scenes(2, gen(), torch.full((2, 3), NULL))
     assert len(WORDS) == 16

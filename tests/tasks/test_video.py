@@ -29,7 +29,7 @@ def test_batches_follow_from_the_step_and_each_phase_has_its_shapes():
     draw = video.VideoMixture(size, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(draw(5), draw(5), strict=True))
     assert not torch.equal(draw(5).x, draw(6).x)
-    assert draw(0).x.shape == (48, 1, 4, 16, 16)
+    assert draw(0).x.shape == (24, 1, 8, 16, 16)
     assert draw(0).x.max(2).values.min() > -1  # the canvas has a texture
     assert {draw(step).x.shape[3] for step in range(1400, 1410)} == {16, 24, 32}
     long = video.VideoMixture(video.SIZES["long"], seed=0)(0)
@@ -45,7 +45,7 @@ def test_noise_times_and_prompts_left_out():
     assert torch.equal(batch.words[~dropped], videos.words[~dropped])
     assert batch.t.min() > 0
     assert batch.t.max() < 1
-    assert abs(batch.t.median() - 2 / 3) < 0.02  # one half, shifted by 2
+    assert abs(batch.t.median() - 3 / 4) < 0.02  # one half, shifted by 3
 
 
 def test_a_smoke_training_is_written_and_loads(tmp_path):

@@ -35,7 +35,7 @@ class Scenes(NamedTuple):
     start: Int[Tensor, "batch objects 2"]
     """(row, column) of the top left pixel in frame 0."""
     velocity: Int[Tensor, "batch objects 2"]
-    """Pixels a frame."""
+    """Pixels a move."""
     canvas: Float[Tensor, "batch height width"]
     """What stands still behind them."""
 
@@ -88,15 +88,17 @@ def shapes() -> Float[Tensor, "shapes 8 8"]:
 class MovingDigits:
     """Scenes of up to `most` objects on a canvas, each with a constant velocity between bounces.
 
-    Kinds are uniform over the fourteen words, digits over the split's images, velocities over whole pixels a frame up
-    to `speed` in each axis. Of eight drawn layouts a scene takes the one whose objects overlap least, over all frames.
+    Kinds are uniform over the fourteen words, digits over the split's images, velocities over whole steps a move up to
+    `speed` in each axis. Of eight drawn layouts a scene takes the one whose objects overlap least, over all frames.
 
     Args:
-        shape: (frames, height, width) in pixels; each side at least 8.
+        shape: (frames, height, width) in pixels; each side 8 and a multiple of `step`.
         most: objects a scene has at most; the number is uniform over 1..most.
-        speed: of each axis, pixels a frame.
+        speed: of each axis, steps a move.
         split: which digits.
         texture: brightest pixel of the canvas, which is uniform noise that stands still; 0: a black canvas.
+        step: objects start, and move, by multiples of so many pixels.
+        hold: frames from a move to the next.
     """
 
     shape: tuple[int, int, int] = (8, 32, 32)
@@ -104,6 +106,8 @@ class MovingDigits:
     speed: int = 2
     split: Split = "train"
     texture: float = 0.0
+    step: int = 1
+    hold: int = 1
 
     def __post_init__(self) -> None:
         if self.shape[0] < 1 or min(self.shape[1:]) < SIDE:
@@ -114,6 +118,13 @@ class MovingDigits:
             raise ValueError(f"speed must be at least 0, got {self.speed}")
         if not 0 <= self.texture < 0.5:
             raise ValueError(f"texture must be in [0, 0.5), darker than objects are, got {self.texture}")
+        for name in ("step", "hold"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if any((side - SIDE) % self.step for side in self.shape[1:]):
+            raise ValueError(
+                f"shape must have sides of {SIDE} and a multiple of step = {self.step}, got {self.shape[1:]}"
+            )
 
     def scenes(self, n: int, generator: torch.Generator, words: Int[Tensor, "n objects"] | None = None) -> Scenes:
         """n scenes drawn with the generator; `words` fixes what is seen."""
@@ -141,7 +152,7 @@ class MovingDigits:
     def places(self, start: Int[Tensor, "*some 2"], velocity: Int[Tensor, "*some 2"]) -> Int[Tensor, "*some frames 2"]:
         """Top left pixels in every frame: the straight path, folded back at the walls."""
         room = torch.tensor([side - SIDE for side in self.shape[1:]])
-        path = start[..., None, :] + velocity[..., None, :] * torch.arange(self.shape[0])[:, None]
+        path = start[..., None, :] + velocity[..., None, :] * (torch.arange(self.shape[0]) // self.hold)[:, None]
         period = (2 * room).clamp(min=1)
         path = path % period
         return torch.minimum(path, 2 * room - path)
@@ -168,9 +179,10 @@ class MovingDigits:
 
     def _least_overlap(self, kind: Tensor, generator: torch.Generator, draws: int = 8) -> tuple[Tensor, Tensor]:
         n, objects = kind.shape
-        room = [side - SIDE + 1 for side in self.shape[1:]]
+        room = [(side - SIDE) // self.step + 1 for side in self.shape[1:]]
         start = torch.stack([torch.randint(r, (n, draws, objects), generator=generator) for r in room], -1)
         velocity = torch.randint(-self.speed, self.speed + 1, (n, draws, objects, 2), generator=generator)
+        start, velocity = start * self.step, velocity * self.step
         place = self.places(start, velocity)  # [n, draws, objects, frames, 2]
         near = (SIDE - (place[:, :, :, None] - place[:, :, None]).abs()).clamp(min=0).prod(-1).sum(-1)
         both = self._pairs(kind)[:, None]

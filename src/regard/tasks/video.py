@@ -38,7 +38,7 @@ class Size:
     """A size of the testbed.
 
     ``drop``: share of prompts left out, for guidance. ``shift``: pushes the times trained on towards noise, as in
-    `regard.models.dit.timesteps`. ``speed``, ``texture``: of `MovingDigits`.
+    `regard.models.dit.timesteps`. ``speed``, ``texture``, ``step``, ``hold``: of `MovingDigits`.
     """
 
     model: DiTConfig
@@ -48,10 +48,12 @@ class Size:
     shift: float = 1.0
     speed: int = 1
     texture: float = 0.3
+    step: int = 4
+    hold: int = 2
 
     def task(self, shape: tuple[int, int, int], most: int, split: Split = "train") -> MovingDigits:
         """Its videos of a shape."""
-        return MovingDigits(shape, most, self.speed, split, self.texture)
+        return MovingDigits(shape, most, self.speed, split, self.texture, self.step, self.hold)
 
 
 _MODEL = DiTConfig(words=len(WORDS), patch=(1, 4, 4), theta=30.0, lean=6.0)
@@ -60,20 +62,20 @@ SIZES = {
     # Small canvases, on which a step sees many videos: one object, then two, then three; at last `SHAPE`.
     "full": Size(
         model=_MODEL,
-        recipe=Recipe(steps=4200, lr=3e-3, warmup=30, decay=1100, autocast=True),
+        recipe=Recipe(steps=3300, lr=3e-3, warmup=30, decay=900, autocast=True),
         phases=(
-            Phase(300, ((48, 1, (4, 16, 16)),)),
-            Phase(800, ((24, 1, (8, 16, 16)), (14, 2, (8, 16, 32)), (14, 2, (8, 32, 16)))),
-            Phase(3500, ((24, 1, (8, 16, 16)), (12, 2, (8, 24, 24)), (7, 3, (8, 32, 32)))),
-            Phase(10**9, ((2, 3, SHAPE), (2, 3, SHAPE), (2, 1, SHAPE)), shift=2.0),
+            Phase(150, ((24, 1, (8, 16, 16)),)),
+            Phase(2400, ((24, 1, (8, 16, 16)), (12, 2, (8, 24, 24)), (7, 1, (8, 32, 32)), (7, 3, (8, 32, 32)))),
+            Phase(10**9, ((2, 1, SHAPE), (2, 3, SHAPE))),
         ),
+        shift=2.0,
     ),
-    # A second training, from the weights of the first: on with that canvas.
+    # A second training, from the weights of the first: mostly one object, on that canvas, at times nearer to noise.
     "long": Size(
         model=_MODEL,
-        recipe=Recipe(steps=500, lr=2e-3, warmup=20, decay=300, autocast=True),
-        phases=(Phase(10**9, ((2, 3, SHAPE),)),),
-        shift=2.0,
+        recipe=Recipe(steps=1100, lr=2e-3, warmup=20, decay=700, autocast=True),
+        phases=(Phase(10**9, ((2, 1, SHAPE), (2, 1, SHAPE), (2, 3, SHAPE), (7, 1, (8, 32, 32)))),),
+        shift=3.0,
     ),
     "smoke": Size(
         model=replace(_MODEL, dim=32, layers=2, heads=2, pairs=(2, 3, 3)),

@@ -58,9 +58,9 @@ def gates(model: VideoDiT, *, quick: bool = False, seed: int = SEED) -> dict[str
         ``true``: the same readings on the task's own videos, which no model can be asked to exceed.
     """
     generator = torch.Generator().manual_seed(seed)
-    n, steps = (2, 2) if quick else (8, 20)
+    n, steps = (2, 2) if quick else (24, 20)
     words = torch.cat([asked(n, objects, generator) for objects in (1, 2, 3)])
-    parts = zip(noise_for(3 * n, SHAPE, seed).split(n), words.split(n), strict=True)
+    parts = zip(noise_for(3 * n, SHAPE, seed).split(8), words.split(8), strict=True)
     made = torch.cat([sample(model, z, w, steps=steps) for z, w in parts])
     task = SIZES["long"].task(SHAPE, 3, "test")
     held_out = task.batch(len(words), generator, words)
@@ -85,6 +85,6 @@ def _read(x: Tensor, words: Tensor, alone: int) -> dict[str, float]:
     found = {
         "count": (counts(x).mode(1).values == told).double().mean(),
         "kind": (kinds(x[:alone]) == words[:alone, 0]).double().mean(),
-        "steady": steadiness(x[:alone]).double().mean(),
+        "steady": steadiness(x[:alone], SIZES["full"].step).double().mean(),
     }
     return {name: round(float(value), 4) for name, value in found.items()}
