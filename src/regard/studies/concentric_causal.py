@@ -53,7 +53,7 @@ CLAIMS = [
         paper="hallucination grows with the distance between object and instruction",
         ours="spread of a yes/no probe's accuracy over object rows, as a share of raster order's",
         holds_if="at most 0.7, with mean accuracy not lower; beside: mask alone, positions alone, raster in reverse",
-        waits="needs a trained vision-language testbed, which regard does not have yet",
+        waits="needs a vision-language model trained with rings, and one in raster order to compare with",
     ),
     Claim(
         "benchmarks",
