@@ -116,7 +116,7 @@ class KMeansRoute(nn.Module, Route):
             )
         x_k = x_k.repeat_interleave(heads // x_k.shape[1], 1)
         seen = candidates(within, q.shape[2], n, (max(q.shape[2], 1), 1), q_start=start, decisions=heads)
-        seen = seen[:, :, 0].to(x_k.device)  # [samples, decisions, keys]: keys that some query may see
+        seen = seen.any(2).to(x_k.device)  # [samples, decisions, keys]: keys that some query may see
         choose = self._balanced if self.members == "balanced" else self._nearest
         return choose(x_q, x_k, seen, start, within)
 
@@ -141,29 +141,23 @@ class KMeansRoute(nn.Module, Route):
         queries, keys, c = x_q.shape[2], x_k.shape[2], self.centroids.shape[1]
         width = max(1, min(-(-keys // c) if self.width is None else self.width, keys))
         run = -(-width // RUNS)
+        at = torch.arange(width // run, device=x_q.device)
         # keys in the order of their clusters, by position inside one; what no query may see stands behind all
         cluster = self.assign(x_k).masked_fill(~seen, c)
         codes, order = (cluster * keys + torch.arange(keys, device=x_k.device)).sort(-1)
         edges = torch.arange(c + 1, device=x_k.device).mul(keys).expand(*codes.shape[:2], -1).contiguous()
         begin = torch.searchsorted(codes, edges)
-        runs = (begin.diff(dim=-1) + run - 1) // run
-        last = runs.cumsum(-1)
-        first = last - runs  # of each cluster's runs: none holds keys of two clusters
-        n_runs = int(last[..., -1].amax()) if last.numel() else 0
-        real = cluster.gather(2, order)
-        slot = torch.arange(keys, device=x_k.device) + (first * run - begin[..., :c]).gather(2, real.clamp(max=c - 1))
-        slots = order.new_full((*order.shape[:2], n_runs * run + 1), -1)
-        slots.scatter_(2, torch.where(real < c, slot, n_runs * run), order)
+        first, slots = _in_runs(cluster.gather(2, order), order, begin, run)
         mine = self.assign(x_q)
         place = (torch.arange(queries, device=x_q.device) + start + 1).clamp(max=keys)
-        met = torch.searchsorted(codes, mine * keys + place) - begin.gather(2, mine)
-        open_ = (met + run - 1) // run  # runs of the cluster with a key up to the query's place
-        count = open_.clamp(max=width // run)
-        index = (first.gather(2, mine) + open_ - count)[..., None] + torch.arange(width // run, device=x_q.device)
-        index = torch.where(torch.arange(width // run, device=x_q.device) < count[..., None], index, -1)
+        met = torch.searchsorted(codes, mine * keys + place) - begin.gather(2, mine)  # of its cluster, up to its place
+        begun = (met + run - 1) // run
+        count = begun.clamp(max=len(at))
+        index = (first.gather(2, mine) + begun - count)[..., None] + at
         return Routed.blocks(
-            index.int(), count.int(), block=(1, run), q_len=queries, kv_len=keys, q_start=start, check=False,
-            kv_order=slots[..., :-1], within=both(within, Causal()), cost=self.cost(queries, keys, x_q.shape[3]),
+            torch.where(at < count[..., None], index, -1).int(), count.int(), block=(1, run), q_len=queries,
+            kv_len=keys, q_start=start, check=False, kv_order=slots, within=both(within, Causal()),
+            cost=self.cost(queries, keys, x_q.shape[3]),
         )  # fmt: skip
 
     def cost(self, q_len: int, kv_len: int, head_dim: int) -> int:
@@ -358,3 +352,16 @@ def _highest(near: Tensor, width: int) -> Tensor:
     token = most.indices[..., :width].masked_fill(most.values[..., :width] == -torch.inf, near.shape[-1])
     token = token.sort(-1).values
     return token.masked_fill(token == near.shape[-1], -1)
+
+
+def _in_runs(cluster: Tensor, order: Tensor, begin: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """The first run of each cluster ``[batch, heads, c]`` and the keys in runs ``[batch, heads, runs * run]``, -1 for
+    padding; keys of cluster c are left out. ``order``: the keys by their ``cluster``, which begin at ``begin``."""
+    c, keys = begin.shape[2] - 1, order.shape[2]
+    runs = (begin.diff(dim=-1) + run - 1) // run
+    last = runs.cumsum(-1)
+    first = last - runs
+    n = (int(last[..., -1].amax()) if last.numel() else 0) * run
+    shift = (first * run - begin[..., :c]).gather(2, cluster.clamp(max=c - 1))
+    slot = torch.where(cluster < c, torch.arange(keys, device=order.device) + shift, n)
+    return first, order.new_full((*order.shape[:2], n + 1), -1).scatter_(2, slot, order)[..., :n]
