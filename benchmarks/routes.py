@@ -135,9 +135,8 @@ def measure(name: str, make: Any, length: int, repeats: int, backward: bool, dev
     else:
         arms["dense"] = lambda: sdpa(q, k, v, is_causal=True)
         arms["decide"] = lambda: route(q, k)
-        arms["attend"] = lambda: attend(
-            q, k, v, replace(routed), backend="blocked"
-        )  # a new one, of which nothing is kept
+        # a new one each time, of which nothing is kept
+        arms["attend"] = lambda: attend(q, k, v, replace(routed), backend="blocked")
     times: dict[str, list[float]] = {name: [] for name in arms}
     with torch.set_grad_enabled(backward):
         for turn in range(repeats + 1):

@@ -163,9 +163,10 @@ def work(case: Case, arm: str) -> None:
 def attention_call(case: Case, repeats: int) -> float:
     """Seconds of one layer's causal SDPA call: the unit of the floors."""
     code = f"""
-import time, torch
-if torch.get_num_threads() != int({os.environ.get("REGARD_BENCH_THREADS", "2")!r}):
-    torch.set_num_threads(int({os.environ.get("REGARD_BENCH_THREADS", "2")!r}))
+import sys, time, torch
+sys.path.append({str(Path(__file__).parent)!r})
+from machine import use_threads
+use_threads()
 q, k, v = torch.randn(3, 1, {case.heads}, {case.length}, {HEAD_DIM}, device={case.device!r}).to(torch.{case.dtype})
 f = torch.nn.functional.scaled_dot_product_attention
 sync = torch.cuda.synchronize if {case.device!r} == "cuda" else (lambda: None)

@@ -75,8 +75,8 @@ def test_options_rounded_up_hold_the_exact_ones(text, block):
     for name, pattern in exact.items():
         more, less = (p.allows(i[:, None], i, head).expand(2, length, length) for p in (blocks[name], pattern))
         assert not bool((less & ~more).any()), name
-        assert density_of(blocks[name], length, length) <= density_of(pattern, length, length) + 0.45, name
+        assert density_of(blocks[name], length, length) <= density_of(pattern, length, length) + 0.35, name
         if name in ("full", "stripe", "skip"):
             assert torch.equal(more, less), name
     for kind, pattern in one_for_all((6, 4, 4), 0.4, received, **how, block=block).items():
-        assert 0.4 <= density_of(pattern, length, length) < 0.65, kind
+        assert 0.4 <= density_of(pattern, length, length) < 0.6, kind

@@ -67,10 +67,8 @@ def out_of_slots(out: Tensor, lse: Tensor | None, routed: Routed) -> tuple[Tenso
     """The tokens' outputs from their slots'; several slots of a token are merged or averaged as `repeats` says."""
     batch, heads, _, width = out.shape
     lse = None if routed.repeats == "mean" else lse
-    name = ("slots", batch, heads, out.device)
-    if name not in routed.kept:
-        routed.kept[name] = _found_in(routed, batch, heads, out.device)
-    parts, back = routed.kept[name]
+    device = out.device
+    parts, back = routed.once(("slots", batch, heads, device), lambda: _found_in(routed, batch, heads, device))
     flat, sums = out.reshape(-1, width), None if lse is None else lse.reshape(-1)
     found = [_joined(flat, sums, rows, routed.repeats == "mean") for rows in parts]
     if back is None:

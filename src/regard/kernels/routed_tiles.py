@@ -23,8 +23,6 @@ from regard.patterns.decided import Routed
 
 __all__ = ["Chunk", "Run", "Tiles", "make_tiles"]
 
-KEPT = 8  # tiles, for calls of so many shapes, that a route holds on to
-
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
@@ -191,17 +189,16 @@ def _on(x: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def make_tiles(routed: Routed, batch: int, heads: int, kv_heads: int) -> Tiles:
-    """The tiles of a call of so many samples and heads; kv heads as the slots have them. Made once for each such shape:
-    a stored route is called again and again."""
-    kept, name = routed.kept, ("tiles", batch, heads, kv_heads)
-    if name not in kept:
+    """The tiles of a call of so many samples and heads; kv heads as the slots have them. Made once for each shape."""
+
+    def make() -> Tiles:
         units = units_of(routed, batch, heads, kv_heads)
         (q_slots, kv_slots), (size, _) = slots(routed), sizes(routed)
         blocks = None if routed.index is None else block_entries(routed, units)
-        if len(kept) >= KEPT:
-            kept.clear()
-        kept[name] = Tiles(routed, units, blocks, routed.n_rows, size, q_slots, kv_slots)
-    return kept[name]
+        return Tiles(routed, units, blocks, routed.n_rows, size, q_slots, kv_slots)
+
+    found: Tiles = routed.once(("tiles", batch, heads, kv_heads), make)
+    return found
 
 
 def _runs(tiles: Tiles, batch: Batch) -> tuple[list[Run], Batch | None]:

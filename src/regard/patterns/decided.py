@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from regard.patterns.routed_make import Makers, Repeats
 from regard.patterns.slots import in_slots, refined
 
 __all__ = ["Routed", "both"]
+
+KEPT = 8  # what kernels made of a route for calls of so many shapes
 
 
 def both(a: Pattern | None, b: Pattern | None) -> Pattern | None:
@@ -234,8 +237,17 @@ class Routed(Makers, Pattern):
 
     @cached_property
     def kept(self) -> dict[Any, Any]:
-        """What kernels made of it for later calls; gone with it."""
+        """What `once` made; gone with it."""
         return {}
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made at the first call of this name: a stored route is called again and again. Of more
+        than `KEPT` names all are forgotten."""
+        if name not in self.kept:
+            if len(self.kept) >= KEPT:
+                self.kept.clear()
+            self.kept[name] = make()
+        return self.kept[name]
 
     def of(self, head: int = 0, sample: int = 0) -> Pattern:
         """One head of one sample: what it lists, ``| keep``, ``& within``."""

@@ -311,13 +311,11 @@ def _reached(device: str, seed: int) -> Finding:
 
 
 def _quality(model: str, device: str, seed: int) -> Finding:
-    import torch
-
     from regard.patterns import Neighborhood
     from regard.studies.testbed import below_gate
     from regard.tasks.testbeds import load
     from regard.tasks.video import SHAPE as PIXELS
-    from regard.tasks.video import SIZES
+    from regard.tasks.video_inputs import held_out
     from regard.tasks.video_tried import tried
 
     loaded = load(model, device=device)
@@ -325,8 +323,7 @@ def _quality(model: str, device: str, seed: int) -> Finding:
         return Finding("quality", "not measured", reason=reason)
     grid = loaded.model.config.grid(PIXELS)
     patterns = {name: Neighborhood(grid, SMALL, stride) for name, stride in SMALL_STRIDES.items()}
-    videos = SIZES["full"].task(PIXELS, 3, "test").batch(VIDEOS, torch.Generator().manual_seed(seed))
-    found = tried(loaded.model, videos.x, videos.words, patterns, seed=seed)
+    found = tried(loaded.model, *held_out(VIDEOS, seed), patterns, seed=seed)
     error = np.stack([found[name].error.flatten().numpy() for name in SMALL_STRIDES], 1)  # [heads, ways]
     sliding, strided, blocked = error.mean(0)
     return Finding(

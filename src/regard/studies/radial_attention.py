@@ -363,7 +363,7 @@ def _video(model: str, device: str, seed: int) -> Finding:
     from regard.studies.testbed import below_gate
     from regard.tasks.testbeds import load
     from regard.tasks.video import SHAPE as PIXELS
-    from regard.tasks.video import SIZES
+    from regard.tasks.video_inputs import held_out
     from regard.tasks.video_tried import tried
 
     loaded = load(model, device=device)
@@ -373,8 +373,7 @@ def _video(model: str, device: str, seed: int) -> Finding:
     radial = Radial(grid[0], grid[1] * grid[2], sink=False)
     families = rivals_of(radial, grid, seed)
     patterns = {"radial": radial} | {f"{f}/{n}": p for f, parts in families.items() for n, (p, _) in enumerate(parts)}
-    videos = SIZES["full"].task(PIXELS, 3, "test").batch(VIDEOS, torch.Generator().manual_seed(seed))
-    found = tried(loaded.model, videos.x, videos.words, patterns, seed=seed)
+    found = tried(loaded.model, *held_out(VIDEOS, seed), patterns, seed=seed)
     own = found["radial"]
     ahead, means = torch.ones_like(own.mass, dtype=torch.bool), {"radial": _means(own.mass, own.error)}
     for family, parts in families.items():

@@ -12,8 +12,7 @@ from torch import Tensor
 from regard.kernels.attend import attend
 from regard.models.dit import VideoDiT
 from regard.patterns import Pattern
-from regard.tasks.fidelity import noise_for
-from regard.tasks.video_inputs import TIMES
+from regard.tasks.video_inputs import TIMES, run_noised
 from regard.watch.call import Call
 from regard.watch.seam import Seam
 
@@ -50,24 +49,21 @@ def tried(
             return
         inputs = (call.q, call.k, call.v)
         full, lse = attend(*inputs, q_start=0, scale=call.scale, return_lse=True)
+        size = full.double().square().sum((0, 2, 3))
         for name, pattern in patterns.items():
             out, kept = attend(*inputs, pattern, q_start=0, scale=call.scale, return_lse=True)
             new = [
                 (kept - lse).exp().double().mean((0, 2)),
                 (full - out).double().square().sum((0, 2, 3)),
-                full.double().square().sum((0, 2, 3)),
+                size,
             ]
             layers = sums.setdefault(name, {})
             layers[call.layer] = (
                 [a + b for a, b in zip(layers[call.layer], new, strict=True)] if call.layer in layers else new
             )
 
-    device = next(model.parameters()).device
-    noise = noise_for(len(x), (x.shape[2], x.shape[3], x.shape[4]), seed).to(device)
-    x, words = x.to(device), words.to(device)
     with Seam(model, look):
-        for t in times:
-            model((1 - t) * x + t * noise, torch.full((len(x),), float(t), device=device), words)
+        run_noised(model, x, words, times, seed)
     found = {}
     for name, layers in sums.items():
         mass, lost, size = (torch.stack(parts).cpu() for parts in zip(*layers.values(), strict=True))
